@@ -1,0 +1,346 @@
+"""
+Scales: how a tensor becomes FP8. The five recipes, and MOSS's two-level microscaling.
+
+    python microscale.py        # SQNR of every recipe on synthetic data, and what folding loses
+
+A quantiser stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
+that a matrix product will sum over. The recipes differ in how many elements share one scale:
+
+    recipe   activations, gradients          weights                     stands for
+    tensor   FP32 per tensor                 FP32 per tensor             Transformer Engine, torchao
+    group    FP32 per 1 x 128                FP32 per 128 x 128          COAT, DeepSeek-V3
+    mx       E8M0 per 1 x 32                 E8M0 per 1 x 32             OCP Microscaling v1.0
+    moss     FP32 global x E8M0 per 32,      FP32 per tensor,            MOSS (arXiv 2511.05811)
+             folded to one per row           predicted (autoscale.py)
+
+MOSS, section "two-level microscaling". With s_i = max|X_i| / 448 for each block i of 32 along C:
+
+    s = max_i s_i  (FP32, one per tensor)     ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
+    Q_i = E4M3(X_i / (s ss_i))                X_i ~ Q_i s ss_i
+
+A tensor core can sum Q_a Q_b along C at full speed only if no scale changes along C. `fold` moves the
+scales out of its way: the largest ss of a row stays outside, as the row's scale, and what is left of
+each ss_i, a power of two <= 1, is multiplied into the FP8 numbers. That is exact until a number gets so
+small (2^-14.8 below the row's maximum) that it has no full mantissa any more. Folding first and
+rounding once gives the same numbers as rounding and then folding, so the fast path never forms ss_i: it
+takes the power of two above each row's maximum. And since ss_i can take any value, s need not be
+max_i s_i: s = 1 gives the same accuracy, needs no pass over the tensor, carries no state from step to
+step, and makes every scale a power of two. That is what `--fp8 moss` trains with.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+
+import torch
+
+from fp8_formats import E4M3, E5M2, FORMATS, cast, floor_log2, pow2, round_to_format
+
+try:
+    import triton
+    import triton.language as tl
+    HAS_TRITON = True
+except ImportError:  # macOS, Windows: everything below still runs, in plain PyTorch
+    HAS_TRITON = False
+
+ALL = -1               # a block that spans the whole axis
+MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so that 0 / scale = 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a quantised tensor is
+
+@dataclass
+class Quantized:
+    """X (R, C) as `data` (R, C) in FP8 with a scale per block: X[r, c] ~ data[r, c] scale[r//br, c//bc] global_scale.
+
+    `block` = (br, bc), ALL = the whole axis, a last block may be ragged. `scale` is (ceil(R/br), ceil(C/bc)),
+    float32, or float8_e8m0fnu (one byte) where the recipe stores powers of two. `global_scale` () float32 is
+    the first of MOSS's two levels and None elsewhere.
+    """
+    data: torch.Tensor
+    scale: torch.Tensor
+    block: tuple
+    global_scale: torch.Tensor = None
+
+    def dequantize(self, dtype=torch.float32):
+        """X as (R, C) in `dtype`. Exact in bfloat16 where all scales are powers of two."""
+        x = self.data.to(dtype) * expand_blocks(self.scale.float(), self.data.shape, self.block).to(dtype)
+        return x if self.global_scale is None else x * self.global_scale.to(dtype)
+
+
+def expand_blocks(scale, shape, block):
+    """One scale per block -> a tensor that broadcasts against one of `shape` (R, C)."""
+    for axis in (0, 1):
+        if scale.shape[axis] > 1 and block[axis] != 1:
+            scale = scale.repeat_interleave(block[axis], axis).narrow(axis, 0, shape[axis])
+    return scale
+
+
+def block_amax(x, block):
+    """max|x| of every block, (R, C) -> (ceil(R/br), ceil(C/bc)) float32. NaN and Inf stay in their block."""
+    br, bc = (n if b == ALL else b for b, n in zip(block, x.shape))
+    x = torch.nn.functional.pad(x.abs().float(), (0, -x.shape[1] % bc, 0, -x.shape[0] % br))
+    return x.view(x.shape[0] // br, br, x.shape[1] // bc, bc).amax(dim=(1, 3))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which scale a block gets, and the quantiser
+
+def scale_from_amax(amax, fmt, rule):
+    """The float32 scale of blocks with this max|x|; NaN for a block that holds Inf or NaN.
+
+        "fp32"    amax / fmt.max                        the block's maximum becomes fmt.max
+        "floor"   2^(floor(log2 amax) - fmt.emax)       OCP MX v1.0: the top of a binade saturates
+        "up"      2^ceil(log2(amax / fmt.max))          MOSS: nothing saturates
+
+    The exponent is read from the bits: a floating-point log2 is off by one next to powers of two, and then
+    a value lands above fmt.max. Scales end at 2^-126, so that a block of zeros is 0 / 2^-126 = 0.
+    """
+    amax = amax.clamp(min=fmt.max * MIN_SCALE)
+    if rule == "fp32":
+        scale = amax / fmt.max
+    elif rule == "floor":
+        scale = pow2(floor_log2(amax) - fmt.emax)
+    elif rule == "up":  # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed
+        scale = pow2(floor_log2(amax) - fmt.emax)
+        scale = torch.where(amax > fmt.max * scale, 2 * scale, scale)
+    else:
+        raise ValueError(f"scale rule {rule!r} is unknown: choose 'fp32', 'floor' or 'up'")
+    return torch.where(amax.isfinite(), scale, float("nan"))
+
+
+def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
+    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`."""
+    if scale is None:
+        scale = scale_from_amax(block_amax(x, block), fmt, rule)
+    data = cast(x.float() / expand_blocks(scale, x.shape, block), fmt)
+    return Quantized(data, scale.to(torch.float8_e8m0fnu) if stores_e8m0(block, rule) else scale, block)
+
+
+def stores_e8m0(block, rule):
+    """Scales of many small blocks are kept as one byte; a scale per row or per tensor stays float32."""
+    return rule != "fp32" and block[1] != ALL
+
+
+# ---------------------------------------------------------------------------------------------------
+# MOSS: two levels, and the fold that takes the second one out of the matrix product
+
+def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None):
+    """x (R, C) -> Quantized with E8M0 scales ss (R, ceil(C/block)) under an FP32 global scale s.
+
+    s = max_i s_i over the tensor if not given; any positive s will do, because ss absorbs the difference.
+    """
+    amax = block_amax(x, (1, block))
+    s = scale_from_amax(amax.amax(), fmt, "fp32") if global_scale is None else torch.as_tensor(global_scale)
+    ss = scale_from_amax(amax / s, fmt, "up")
+    data = cast(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
+    return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
+
+
+def fold(q, fmt=E4M3):
+    """Two-level Quantized -> one power-of-two scale per row. Exact while the folded number is normal."""
+    ss = q.scale.float()
+    row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
+    data = cast(q.data.float() * expand_blocks(ss / row, q.data.shape, q.block), fmt)
+    return Quantized(data, row, (1, ALL), q.global_scale)
+
+
+def fold_loss(x, fmt=E4M3, block=32):
+    """What folding costs on x (R, C): (share of the values that it changes, energy of the change / energy of x)."""
+    exact = quantize_two_level(x, fmt, block, global_scale=1.0).dequantize()
+    folded = quantize_reference(x, fmt, (1, ALL), "up").dequantize()
+    change = folded - exact
+    return (change != 0).float().mean(), change.square().sum() / x.float().square().sum().clamp(min=1e-38)
+
+
+def saturated_share(x, q, fmt=E4M3):
+    """Share of the values of x (R, C) that lie beyond the largest number their block can hold."""
+    limit = fmt.max * expand_blocks(q.scale.float(), x.shape, q.block)
+    return (x.abs().float() > limit).float().mean()
+
+
+def transpose_reference(q, row_factor=None, fmt=E4M3):
+    """FP8 data (R, C) -> (C, R). `row_factor` (R, 1), powers of two <= 1, is multiplied in on the way.
+
+    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): a row scale cannot leave a sum that runs
+    over the rows, so the rows are first brought to one common scale, by exponent arithmetic alone. Exact while
+    the result is normal; below, it is rounded to nearest even, once.
+    """
+    if row_factor is not None:
+        q = cast(q.float() * row_factor, fmt)
+    return q.t().contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same on a GPU: one pass over the input
+
+def has_fp8_tensor_cores(device):
+    """True where the kernels run: an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton."""
+    if torch.device(device).type != "cuda" or not HAS_TRITON or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
+    """x (R, C) -> Quantized, as `quantize_reference`: by the kernel below on a GPU that has one."""
+    if scale is None and block == (ALL, ALL):
+        scale = scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
+    if has_fp8_tensor_cores(x.device) and (scale is not None or block[0] == 1) and x.shape[1] <= MAX_COLUMNS:
+        return quantize_triton(x, fmt, block, rule, scale)
+    return quantize_reference(x, fmt, block, rule, scale)
+
+
+def transpose(q, row_factor=None, fmt=E4M3):
+    """FP8 data (R, C) -> (C, R), as `transpose_reference`."""
+    if has_fp8_tensor_cores(q.device):
+        return transpose_triton(q, row_factor, fmt)
+    return transpose_reference(q, row_factor, fmt)
+
+
+MAX_COLUMNS = 65536  # a row per program has to fit into its registers
+
+if HAS_TRITON:
+    # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first. On a
+    # GPU the cast is one instruction: round to nearest even, saturate, keep NaN.
+    INTERPRETED = triton.knobs.runtime.interpret
+
+    @triton.jit
+    def to_fp8(x, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+        """float32 -> FP8, round to nearest even, saturating, NaN stays NaN."""
+        if INTERPRETED:
+            # Adding and taking away 2^23 steps of the grid leaves x rounded to it. The step is 2^(e - mantissa bits),
+            # where e is the exponent of |x|, or of the smallest normal number for all that is below.
+            emin_field: tl.constexpr = 127 - 6 if IS_E4M3 else 127 - 14
+            to_magic: tl.constexpr = 23 - 3 if IS_E4M3 else 23 - 2
+            bits = x.to(tl.int32, bitcast=True)
+            field = tl.maximum((bits & 0x7FFFFFFF) >> 23, emin_field)
+            magic = (tl.minimum(field + to_magic, 254) << 23).to(tl.float32, bitcast=True)
+            size = tl.minimum((tl.abs(x) + magic) - magic, 448.0 if IS_E4M3 else 57344.0)
+            signed = size.to(tl.int32, bitcast=True) | (bits & -0x80000000)
+            nan: tl.constexpr = 0x7FF00000 if IS_E4M3 else 0x7FE00000           # all the bits that remain are ones
+            x = tl.where(x != x, nan, signed).to(tl.float32, bitcast=True)
+        if IS_E4M3:
+            return x.to(tl.float8e4nv)
+        else:
+            return x.to(tl.float8e5)
+
+    @triton.jit
+    def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
+                         ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
+                         FMT_MAX: tl.constexpr, EMAX: tl.constexpr, IS_E4M3: tl.constexpr,
+                         AS_E8M0: tl.constexpr, INTERPRETED: tl.constexpr):
+        """One tile (ROWS, COLS) of x: amax per GROUP columns, scale, FP8. x is read once, in any layout."""
+        r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
+
+        if RULE == "given":
+            scaled = tl.div_rn(x, tl.load(scale_ptr))
+        else:
+            # As integers |x| sort like numbers, Inf above them and NaN above Inf: no NaN is lost by max.
+            magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            amax = tl.max(tl.reshape(magnitude, (ROWS, COLS // GROUP, GROUP)), axis=2)  # (ROWS, groups)
+            smallest: tl.constexpr = FMT_MAX * 2.0**-126
+            amax = tl.maximum(amax, tl.full((1, 1), smallest, tl.float32).to(tl.int32, bitcast=True))
+            if RULE == "fp32":
+                scale = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full((1, 1), FMT_MAX, tl.float32))
+            else:
+                if RULE == "up":  # a mantissa above that of FMT_MAX (1.75) carries into the exponent
+                    exponent = (amax + 0x1FFFFF) & 0x7F800000
+                else:
+                    exponent = amax & 0x7F800000
+                scale = (exponent - (EMAX << 23)).to(tl.float32, bitcast=True)
+            scale = tl.where(amax < 0x7F800000, scale, float("nan"))
+            x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
+            if RULE == "fp32":
+                scaled = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], (ROWS, COLS // GROUP, GROUP)))
+            else:  # 1 / 2^k is exact, and a product is cheaper than a quotient
+                inverse = ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+                scaled = x * tl.where(scale == scale, inverse, scale)[:, :, None]
+            scaled = tl.reshape(scaled, (ROWS, COLS))
+            g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
+            if AS_E8M0:
+                scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
+            tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale, mask=(r < R)[:, None] & (g < groups)[None, :])
+        tl.store(q_ptr + r[:, None] * C + c[None, :], to_fp8(scaled, IS_E4M3, INTERPRETED), mask=inside)
+
+    def quantize_triton(x, fmt, block, rule, scale=None):
+        """`quantize_reference` in one read of x (R, C), any strides. Blocks are 1 x n, or `scale` (1, 1) is given."""
+        R, C = x.shape
+        if scale is not None:
+            rows, cols, group, groups, rule = 16, 256, 256, 1, "given"
+        elif block[1] == ALL:  # whole rows, several of them if they are short
+            cols = group = max(triton.next_power_of_2(C), 16)
+            rows, groups = max(2048 // cols, 1), 1
+        else:
+            rows, cols, group, groups = 16, 256, block[1], triton.cdiv(C, block[1])
+        e8m0 = scale is None and stores_e8m0(block, rule)
+        q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
+        if scale is None:
+            scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
+        grid = (triton.cdiv(R, rows), triton.cdiv(C, cols))
+        _quantize_kernel[grid](x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
+                               ROWS=rows, COLS=cols, GROUP=group, RULE=rule, FMT_MAX=fmt.max, EMAX=fmt.emax,
+                               IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, INTERPRETED=INTERPRETED,
+                               num_warps=4 if cols <= 4096 else 8 if cols <= 16384 else 16)
+        return Quantized(q, scale, block)
+
+    @triton.jit
+    def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
+                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr):
+        """A tile (BLOCK_R, BLOCK_C) of q, times a factor per row, to its place in out (C, R)."""
+        r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        q = tl.load(q_ptr + r[:, None] * C + c[None, :], mask=inside)
+        if HAS_FACTOR:
+            factor = tl.load(factor_ptr + r, mask=r < R, other=0.0)
+            q = to_fp8(q.to(tl.float32) * factor[:, None], IS_E4M3, INTERPRETED)
+        tl.store(out_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
+
+    def transpose_triton(q, row_factor=None, fmt=E4M3):
+        R, C = q.shape
+        out = torch.empty(C, R, device=q.device, dtype=q.dtype)
+        grid = (triton.cdiv(R, 128), triton.cdiv(C, 128))
+        _transpose_kernel[grid](q, row_factor, out, R, C, HAS_FACTOR=row_factor is not None, IS_E4M3=fmt is E4M3,
+                                BLOCK_R=128, BLOCK_C=128, INTERPRETED=INTERPRETED, num_warps=8)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# The recipes
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the linear layers of a model quantise. `current`, `predicted`: see autoscale.py."""
+    name: str
+    act_block: tuple          # block of activations and gradients, (rows, along the contraction)
+    weight_block: tuple
+    rule: str                 # of activations and gradients
+    weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
+    grad_format: str = "e4m3"
+
+    def __str__(self):
+        return self.name
+
+
+RECIPES = {
+    "none": None,
+    "tensor": Recipe("tensor", (ALL, ALL), (ALL, ALL), "fp32", "current", grad_format="e5m2"),
+    "group": Recipe("group", (1, 128), (128, 128), "fp32", "block"),
+    "mx": Recipe("mx", (1, 32), (1, 32), "floor", "block"),
+    "moss": Recipe("moss", (1, ALL), (ALL, ALL), "up", "predicted"),
+}
+
+
+def quantize_weight(weight, recipe, scale=None):
+    """W (N, K) -> FP8 W for fprop, which sums over K, and FP8 W^T (K, N) for dgrad, which sums over N.
+
+    One scale per tensor or per square block serves both; E8M0 blocks of 1 x 32 lie along the sum, so `mx`
+    rounds W once for each. `scale` (1, 1) comes from autoscale.py for the recipes that scale per tensor.
+    """
+    w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
+    if recipe.weight_block == (1, 32):
+        return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
+    return w, Quantized(transpose(w.data), w.scale.t().contiguous(), w.block)

@@ -1,0 +1,482 @@
+"""
+What fp8_formats.py promises. Nearly everything is exact, so nearly every test compares bits: against torch's
+float8 dtypes for the two formats that have one, and against a search of the grid for all six.
+
+    $ python -m pytest tests/test_fp8_formats.py
+"""
+import math
+import sys
+
+import pytest
+import torch
+
+import fp8_formats
+from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
+from fp8_formats import cast, decode, encode, floor_log2, grid, pow2, round_to_format
+
+ALL = list(fp8_formats.FORMATS.values())
+FP8 = [E4M3, E5M2]
+NO_NAN = [fmt for fmt in ALL if not fmt.has_nan]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+for_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def for_formats(formats):
+    return pytest.mark.parametrize("fmt", formats, ids=lambda fmt: fmt.name)
+
+
+def for_dtypes(dtypes):
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+def assert_same(actual, expected):
+    """Same dtype, shape and values, with NaN in the same places and the same sign on every zero."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    not_nan = ~expected.isnan()
+    assert torch.equal(actual[not_nan].signbit(), expected[not_nan].signbit())
+
+
+def all_codes(fmt):
+    return torch.arange(1 << fmt.bits, dtype=torch.uint8)
+
+
+def all_16_bit_values(dtype):
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def random_bits(dtype, count=200_000):
+    """Random bit patterns: every binade, subnormals, and some Inf and NaN"""
+    ints = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    info = torch.iinfo(ints)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(info.min, info.max, (count,), dtype=ints, generator=generator).view(dtype)
+
+
+def ties(fmt):
+    """The midpoints between neighbours, and the neighbours: (low, tie, high), exact in float32"""
+    low, high = grid(fmt)[:-1], grid(fmt)[1:]
+    return low, (low + high) / 2, high
+
+
+def nearest_by_search(x, fmt):
+    """Round to nearest even by looking x up in the grid. A grid value is even if its index is: index = code."""
+    values, magnitude = grid(fmt).double(), x.double().abs()
+    below = torch.searchsorted(values, magnitude.nan_to_num(0), right=True) - 1
+    above = (below + 1).clamp(max=len(values) - 1)
+    middle = (values[below] + values[above]) / 2
+    go_up = (magnitude > middle) | ((magnitude == middle) & (below % 2 == 1))
+    rounded = torch.where(go_up, values[above], values[below])
+    return torch.where(x.isnan(), torch.nan, torch.copysign(rounded, x.double())).to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
+# The formats, against the table of the MX specification
+
+
+@pytest.mark.parametrize("fmt, bits, bias, emax, largest, min_normal, min_subnormal", [
+    (E5M2, 8, 15, 15, 57344, 2**-14, 2**-16),
+    (E4M3, 8, 7, 8, 448, 2**-6, 2**-9),
+    (E3M2, 6, 3, 4, 28, 2**-2, 2**-4),
+    (E2M3, 6, 1, 2, 7.5, 1, 2**-3),
+    (E2M1, 4, 1, 2, 6, 1, 2**-1),
+    (INT8, 8, 1, 0, 127 / 64, 1, 2**-6),
+])
+def test_format_numbers_are_those_of_the_specification(fmt, bits, bias, emax, largest, min_normal, min_subnormal):
+    assert (fmt.bits, fmt.bias, fmt.emax) == (bits, bias, emax)
+    assert (fmt.max, fmt.min_normal, fmt.min_subnormal) == (largest, min_normal, min_subnormal)
+
+
+@pytest.mark.parametrize("fmt, exponent_bits, mantissa_bits, bias", [(E3M2, 3, 2, 3), (E2M3, 2, 3, 1), (E2M1, 2, 1, 1)])
+def test_grid_of_a_small_float_follows_from_its_definition(fmt, exponent_bits, mantissa_bits, bias):
+    subnormal = [2 ** (1 - bias) * fraction / 2**mantissa_bits for fraction in range(2**mantissa_bits)]
+    normal = [2 ** (field - bias) * (1 + fraction / 2**mantissa_bits)
+              for field in range(1, 2**exponent_bits) for fraction in range(2**mantissa_bits)]
+    assert grid(fmt).tolist() == subnormal + normal
+
+
+def test_grid_of_e2m1_is_the_well_known_eight_values():
+    assert grid(E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_grid_of_int8_is_uniform():
+    assert grid(INT8).tolist() == [n / 64 for n in range(128)]
+
+
+def test_int8_codes_are_twos_complement():
+    n = torch.arange(-128, 128)
+    assert_same(decode((n & 0xFF).to(torch.uint8), INT8), n / 64)
+
+
+def test_int8_never_rounds_to_minus_two():
+    assert encode(torch.tensor([-2.0, -torch.inf]), INT8).tolist() == [0x81, 0x81]  # -127
+
+
+# -----------------------------------------------------------------------------
+# Codes
+
+
+@for_devices
+@for_formats(FP8)
+def test_all_256_codes_decode_as_in_torch(fmt, device):
+    codes = all_codes(fmt).to(device)
+    assert_same(decode(codes, fmt), codes.view(fmt.dtype).float())
+
+
+@for_devices
+@for_formats(ALL)
+def test_encode_inverts_decode(fmt, device):
+    codes = all_codes(fmt).to(device)
+    if fmt is INT8:
+        codes = codes[codes != 0x80]  # -2, which is off the symmetric grid
+    values = decode(codes, fmt)
+    codes, values = codes[~values.isnan()], values[~values.isnan()]
+    assert torch.equal(encode(values, fmt, saturate=False), codes)
+
+
+@for_formats(FP8)
+def test_nan_gets_the_all_ones_code(fmt):
+    codes = encode(torch.tensor([torch.nan]), fmt)
+    assert (codes & 0x7F).tolist() == [0x7F]
+
+
+@for_formats(ALL)
+def test_codes_count_the_grid_upwards(fmt):
+    assert encode(grid(fmt), fmt).tolist() == list(range(len(grid(fmt))))
+
+
+@for_formats(FP8)
+def test_encode_gives_the_bytes_that_torch_stores(fmt):
+    x = all_16_bit_values(torch.bfloat16)
+    x = x[~x.isnan()]
+    assert torch.equal(encode(x, fmt), cast(x, fmt).view(torch.uint8))
+
+
+@for_formats(NO_NAN)
+def test_encode_refuses_nan_where_there_is_no_code_for_it(fmt):
+    with pytest.raises(ValueError, match="no code for NaN"):
+        encode(torch.tensor([1.0, torch.nan]), fmt)
+
+
+# -----------------------------------------------------------------------------
+# Exponents and E8M0
+
+
+@for_devices
+@pytest.mark.parametrize("dtype, lowest, highest", [(torch.float32, -149, 127), (torch.float64, -1074, 1023)])
+def test_floor_log2_is_exact_at_powers_of_two_and_next_to_them(dtype, lowest, highest, device):
+    exponents = torch.arange(lowest, highest + 1, dtype=torch.int32, device=device)
+    powers = torch.tensor([math.ldexp(1, e) for e in exponents.tolist()], dtype=dtype, device=device)
+    below = torch.nextafter(powers, torch.zeros_like(powers))[1:]  # below the smallest there is only 0
+    above = torch.nextafter(powers, torch.full_like(powers, torch.inf))[1:]
+    assert torch.equal(floor_log2(powers), exponents)
+    assert torch.equal(floor_log2(-powers), exponents)
+    assert torch.equal(floor_log2(below), exponents[:-1])
+    assert torch.equal(floor_log2(above)[1:], exponents[2:])  # (the value after 2^-149 is 2^-148, a power itself)
+
+
+@for_dtypes([torch.float16, torch.bfloat16])
+def test_floor_log2_is_exact_for_every_16_bit_value(dtype):
+    x = all_16_bit_values(dtype)
+    x = x[x.isfinite() & (x != 0)]
+    assert floor_log2(x).tolist() == [math.frexp(v)[1] - 1 for v in x.tolist()]
+
+
+@for_devices
+def test_floor_log2_of_zero_inf_and_nan_clamps_as_expected(device):
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan], device=device)
+    assert floor_log2(x).dtype == torch.int32
+    assert floor_log2(x).clamp(-127, 127).tolist() == [-127, -127, 127, 127, 127]
+
+
+@for_devices
+def test_pow2_is_exact_and_leaves_the_range_as_zero_and_inf(device):
+    exponents = torch.arange(-149, 128, device=device)
+    assert pow2(exponents).tolist() == [math.ldexp(1, e) for e in exponents.tolist()]
+    assert pow2(torch.tensor([-1000, -150, 128, 1000], device=device)).tolist() == [0, 0, math.inf, math.inf]
+
+
+@for_devices
+def test_all_256_e8m0_codes_decode_as_in_torch(device):
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    assert_same(fp8_formats.e8m0_decode(codes).cpu(), codes.cpu().view(torch.float8_e8m0fnu).float())
+
+
+def test_e8m0_encode_inverts_decode():
+    codes = torch.arange(255, dtype=torch.uint8)
+    assert torch.equal(fp8_formats.e8m0_encode(floor_log2(fp8_formats.e8m0_decode(codes))), codes)
+
+
+def test_e8m0_clamps_exponents_and_never_becomes_nan():
+    exponents = torch.tensor([-1000, -128, -127, 0, 127, 128, 1000], dtype=torch.int32)
+    assert fp8_formats.e8m0_encode(exponents).tolist() == [0, 0, 0, 127, 254, 254, 254]
+
+
+# -----------------------------------------------------------------------------
+# Rounding to nearest
+
+
+@for_devices
+@for_dtypes([torch.float16, torch.bfloat16])
+@for_formats(FP8)
+def test_every_16_bit_value_rounds_as_torchs_cast_after_a_clamp(fmt, dtype, device):
+    x = all_16_bit_values(dtype).to(device)
+    assert_same(round_to_format(x, fmt), x.clamp(-fmt.max, fmt.max).to(fmt.dtype).to(dtype))
+
+
+@for_dtypes([torch.float32, torch.float64])
+@for_formats(ALL)
+def test_random_bits_round_to_the_nearest_value_of_the_grid(fmt, dtype):
+    x = random_bits(dtype)
+    assert_same(round_to_format(x, fmt), nearest_by_search(x, fmt))
+
+
+@for_devices
+@for_formats(ALL)
+def test_ties_go_to_even_codes(fmt, device):
+    low, tie, high = (t.to(device) for t in ties(fmt))
+    low_is_even = torch.arange(len(low), device=device) % 2 == 0
+    even = torch.where(low_is_even, low, high)
+    assert_same(round_to_format(tie, fmt), even)
+    assert_same(round_to_format(-tie, fmt), -even)
+
+
+@for_devices
+@for_formats(ALL)
+def test_the_float32_neighbours_of_a_tie_go_to_the_nearer_side(fmt, device):
+    low, tie, high = (t.to(device) for t in ties(fmt))
+    assert_same(round_to_format(torch.nextafter(tie, low), fmt), low)
+    assert_same(round_to_format(torch.nextafter(tie, high), fmt), high)
+
+
+@for_devices
+@for_formats(ALL)
+def test_half_away_sends_ties_outwards_and_nothing_else(fmt, device):
+    low, tie, high = (t.to(device) for t in ties(fmt))
+    assert_same(round_to_format(tie, fmt, rounding="half_away"), high)
+    assert_same(round_to_format(-tie, fmt, rounding="half_away"), -high)
+    # For the first tie, half a subnormal step, adding 0.5 and taking the floor would get this wrong:
+    assert_same(round_to_format(torch.nextafter(tie, low), fmt, rounding="half_away"), low)
+
+
+@for_formats(ALL)
+def test_float64_is_rounded_once_and_not_through_float32(fmt):
+    low, tie, high = (t.double() for t in ties(fmt))
+    hair = tie * 2.0**-40  # lost in float32
+    assert_same(round_to_format(tie - hair, fmt), low)
+    assert_same(round_to_format(tie + hair, fmt), high)
+
+
+@for_dtypes(DTYPES)
+@for_formats(ALL)
+def test_every_dtype_holds_every_grid_value(fmt, dtype):
+    values = grid(fmt).to(dtype)
+    assert_same(values.float(), grid(fmt))
+    assert_same(round_to_format(values, fmt), values)
+
+
+def test_a_power_of_two_scale_adds_no_precision_to_a_float():
+    x = torch.linspace(1, 2, 1000)
+    assert_same(round_to_format(x / 32, E4M3) * 32, round_to_format(x, E4M3))  # 1/32 is still normal
+
+
+def test_a_power_of_two_scale_rescues_a_float_from_the_subnormals():
+    x = torch.linspace(1, 2, 1000)
+    scaled_too_small = round_to_format(x / 4096, E4M3) * 4096
+    assert (scaled_too_small - x).abs().max() > 10 * (round_to_format(x, E4M3) - x).abs().max()
+
+
+def test_a_power_of_two_scale_adds_precision_to_an_integer():
+    error = [fp8_formats.relative_error(INT8, k) for k in range(4)]
+    for smaller, larger in zip(error, error[1:]):
+        assert larger / smaller == pytest.approx(2, rel=0.01)  # one bit; 1% for averaging over a finite grid
+
+
+# -----------------------------------------------------------------------------
+# Stochastic rounding
+
+
+def stochastic(x, fmt, seed):
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    return round_to_format(x, fmt, rounding="stochastic", generator=generator)
+
+
+@for_devices
+def test_stochastic_rounding_repeats_with_its_seed(device):
+    x = torch.linspace(-500, 500, 10_001, device=device)
+    assert_same(stochastic(x, E4M3, seed=1), stochastic(x, E4M3, seed=1))
+    assert not torch.equal(stochastic(x, E4M3, seed=1), stochastic(x, E4M3, seed=2))
+
+
+@for_formats(ALL)
+def test_stochastic_rounding_picks_both_neighbours_and_nothing_else(fmt):
+    low, tie, high = ties(fmt)
+    draws = torch.stack([stochastic(tie, fmt, seed) for seed in range(64)])
+    assert ((draws == low) | (draws == high)).all()
+    assert (draws == low).any(dim=0).all() and (draws == high).any(dim=0).all()  # all 64 the same: once in 2^63
+
+
+@for_formats(ALL)
+def test_stochastic_rounding_leaves_grid_values_alone(fmt):
+    values = torch.cat([-grid(fmt), grid(fmt)])
+    assert_same(stochastic(values, fmt, seed=0), values)
+
+
+@for_devices
+@pytest.mark.parametrize("x", [1.01, 1.1, -300.0, 2**-9 * 2.3, 2**-9 * 0.1])
+def test_stochastic_rounding_is_unbiased(x, device):
+    count = 200_000
+    draws = stochastic(torch.full((count,), x, device=device), E4M3, seed=0).double()
+    standard_error = draws.std() / math.sqrt(count)
+    assert standard_error > 0
+    assert abs(draws.mean() - x) < 5 * standard_error  # five sigma: a fair rounding fails once in two million
+
+
+# -----------------------------------------------------------------------------
+# Overflow, NaN, zeros
+
+
+@for_devices
+@for_formats(ALL)
+@for_dtypes(DTYPES)
+def test_saturating_sends_everything_beyond_max_to_max(fmt, dtype, device):
+    x = torch.tensor([fmt.max * 1.125, torch.finfo(dtype).max, torch.inf], device=device, dtype=dtype)
+    assert round_to_format(x, fmt).tolist() == [fmt.max] * 3
+    assert round_to_format(-x, fmt).tolist() == [-fmt.max] * 3
+
+
+def test_e4m3_overflow_is_decided_after_rounding():
+    x = torch.tensor([448.0, 464.0, torch.nextafter(torch.tensor(464.0), torch.tensor(500.0)), torch.inf])
+    expected = torch.tensor([448.0, 448.0, torch.nan, torch.nan])  # 464 is a tie, and 448 is even
+    assert_same(round_to_format(x, E4M3, saturate=False), expected)
+    assert_same(round_to_format(-x, E4M3, saturate=False), -expected)
+
+
+def test_e5m2_overflow_is_decided_after_rounding():
+    x = torch.tensor([57344.0, torch.nextafter(torch.tensor(61440.0), torch.tensor(0.0)), 61440.0, torch.inf])
+    expected = torch.tensor([57344.0, 57344.0, torch.inf, torch.inf])  # 61440 is a tie, and 57344 is odd
+    assert_same(round_to_format(x, E5M2, saturate=False), expected)
+    assert_same(round_to_format(-x, E5M2, saturate=False), -expected)
+
+
+@for_formats(FP8)
+def test_overflow_codes_are_those_of_inf_and_nan(fmt):
+    overflow = {E4M3: 0x7F, E5M2: 0x7C}[fmt]
+    codes = encode(torch.tensor([1e9, torch.inf]), fmt, saturate=False)
+    assert codes.tolist() == [overflow, overflow]
+
+
+@for_formats(NO_NAN)
+def test_formats_without_special_codes_always_saturate(fmt):
+    x = torch.tensor([1e9, -torch.inf])
+    assert round_to_format(x, fmt, saturate=False).tolist() == [fmt.max, -fmt.max]
+
+
+@for_devices
+@for_formats(ALL)
+@pytest.mark.parametrize("rounding", ["nearest_even", "half_away", "stochastic"])
+@pytest.mark.parametrize("saturate", [True, False])
+def test_nan_stays_nan(fmt, rounding, saturate, device):
+    assert round_to_format(torch.tensor([torch.nan], device=device), fmt, rounding, saturate).isnan().all()
+
+
+@for_devices
+@for_formats(ALL)
+@pytest.mark.parametrize("rounding", ["nearest_even", "half_away"])
+def test_zeros_and_what_rounds_to_zero_keep_their_sign(fmt, rounding, device):
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-45, -1e-45], device=device)  # the last two: float32 subnormals
+    assert_same(round_to_format(x, fmt, rounding), torch.tensor([0.0, -0.0] * 3, device=device))
+
+
+@for_formats([fmt for fmt in ALL if fmt is not INT8])
+def test_the_two_zeros_of_a_float_have_two_codes(fmt):
+    assert encode(torch.tensor([0.0, -0.0]), fmt).tolist() == [0, 1 << (fmt.bits - 1)]
+
+
+def test_int8_has_one_zero():
+    assert encode(torch.tensor([0.0, -0.0, -1e-30]), INT8).tolist() == [0, 0, 0]
+
+
+# -----------------------------------------------------------------------------
+# The fast path, arguments, shapes, and the script
+
+
+@for_devices
+@for_dtypes([torch.float32, torch.float64])
+@for_formats(FP8)
+def test_cast_equals_round_to_format_bit_for_bit(fmt, dtype, device):
+    low, tie, high = (t.to(dtype) for t in ties(fmt))
+    edges = torch.tensor([0.0, fmt.max, 1.01 * fmt.max, 2 * fmt.max, torch.inf, torch.nan], dtype=dtype)
+    near_ties = [tie, torch.nextafter(tie, low), torch.nextafter(tie, high)]
+    x = torch.cat([edges, *near_ties, random_bits(dtype)]).to(device)
+    x = torch.cat([x, -x])
+    assert cast(x, fmt).dtype == fmt.dtype
+    assert_same(cast(x, fmt).to(dtype), round_to_format(x, fmt))
+
+
+@for_formats(NO_NAN)
+def test_cast_names_the_alternative_where_torch_has_no_dtype(fmt):
+    with pytest.raises(ValueError, match="round_to_format"):
+        cast(torch.ones(1), fmt)
+
+
+def test_an_unknown_rounding_is_refused():
+    with pytest.raises(ValueError, match="nearest_even"):
+        round_to_format(torch.ones(1), E4M3, rounding="down")
+
+
+@pytest.mark.parametrize("function", [lambda x: round_to_format(x, E4M3), lambda x: encode(x, E4M3), floor_log2])
+def test_integer_tensors_are_refused(function):
+    with pytest.raises(TypeError, match="int64"):
+        function(torch.tensor([1, 2, 3]))
+
+
+def test_decode_takes_uint8_only():
+    with pytest.raises(TypeError, match="uint8"):
+        decode(torch.tensor([1, 2, 3]), E4M3)
+
+
+SHAPED = {
+    "0-d": torch.tensor(3.3),
+    "empty": torch.empty(0, 5),
+    "3-d": torch.linspace(-9, 9, 105).view(3, 5, 7),
+    "transposed": torch.linspace(-9, 9, 35).view(5, 7).T,
+    "strided": torch.linspace(-9, 9, 70).view(7, 10)[::2, ::3],
+    "expanded": torch.linspace(-9, 9, 7).expand(4, 7),
+}
+
+
+@for_formats(ALL)
+@pytest.mark.parametrize("shape", SHAPED)
+def test_any_shape_and_stride_gives_what_its_flat_copy_gives(fmt, shape):
+    x = SHAPED[shape]
+    flat = x.reshape(-1).clone()
+    assert_same(round_to_format(x, fmt), round_to_format(flat, fmt).view(x.shape))
+    assert torch.equal(encode(x, fmt), encode(flat, fmt).view(x.shape))
+    assert torch.equal(floor_log2(x), floor_log2(flat).view(x.shape))
+    codes = (x * 10).to(torch.int32).to(torch.uint8)  # keeps x's strides
+    assert_same(decode(codes, fmt), decode(codes.reshape(-1).clone(), fmt).view(x.shape))
+
+
+@for_formats(FP8)
+@pytest.mark.parametrize("shape", SHAPED)
+def test_cast_keeps_any_shape(fmt, shape):
+    x = SHAPED[shape]
+    assert_same(cast(x, fmt).float(), round_to_format(x, fmt))
+
+
+def test_the_script_prints_its_tables(capsys):
+    fp8_formats.print_formats()
+    fp8_formats.print_grids()
+    fp8_formats.print_errors()
+    printed = capsys.readouterr().out
+    assert all(fmt.name in printed for fmt in ALL)
+    assert "0 0.5 1 1.5 2 3 4 6" in printed
+    assert printed.count("->") == 3  # every table says how to read it
+
+
+def test_plot_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        fp8_formats.plot_errors("unused.png")

@@ -1,0 +1,707 @@
+"""
+Trains a language model in FP8.
+
+    python train.py --fp8 moss                         # any machine, no data needed: learns Python's own source text
+    python train.py --fp8 none                         # the same run in BF16 (FP32 on a CPU), to compare with
+    python train.py --model 1b --data tokens/          # a preset of model.py on your own data
+    torchrun --nproc_per_node 8 train.py --model olmo-7b --data tokens/ --accum 1024
+    python train.py --resume                           # go on from out/ckpt.pt
+
+Options are the fields of Config below; `--help` lists them. Runs that differ in `--fp8` alone see the same data in
+the same order from the same initial weights, on any number of GPUs.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from autoscale import WeightScales
+from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
+from model import PRESETS, Linear, Transformer, flops_per_token
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message names the value, the reason and the fix. Exit code 2."""
+
+
+class RunError(Exception):
+    """The run went wrong and cannot go on. Exit code 1."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Options
+
+def opt(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    # what to train
+    fp8: str = opt("moss", "recipe of the linear layers: " + ", ".join(RECIPES))
+    model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
+    data: str = opt(None, "folder of .bin, .npy or text files, or one such file (default: Python's standard library)")
+    out: str = opt("out", "folder for checkpoint and log; an earlier run in it is renamed, never overwritten")
+    # how long, how much at a time (defaults: DEFAULTS[model])
+    steps: int = opt(None, "optimizer steps of the whole run")
+    batch: int = opt(None, "sequences per micro-batch and rank")
+    accum: int = opt(None, "micro-batches per optimizer step, over all ranks together")
+    seq: int = opt(None, "tokens per sequence (default: the preset's)")
+    # optimizer: AdamW
+    lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine")
+    warmup: int = opt(None, "steps of linear warm-up (default: a twentieth of the steps)")
+    beta1: float = opt(0.9, "decay of the gradient's mean")
+    beta2: float = opt(0.95, "decay of the gradient's square")
+    weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
+    clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it")
+    rescale_interval: int = opt(500, "steps between true rescales of predicted weight scales; 0 = never")
+    max_skips: int = opt(5, "stop after this many steps in a row with a non-finite loss or gradient")
+    # watching and saving
+    log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
+    eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth of the steps)")
+    eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
+    resume: bool = opt(False, "go on from the checkpoint in --out")
+    # where
+    seed: int = opt(1337, "of the initial weights and of the order of the data")
+    device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+
+
+# Batch and learning rate as the models of these sizes are usually trained; the first two rows fit a coffee break.
+DEFAULTS = {
+    "nano": dict(batch=32, accum=1, steps=300, lr=4e-3),
+    "124m": dict(batch=32, accum=2, steps=1000, lr=1e-3),
+    "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
+    "olmo-7b": dict(batch=4, accum=512, steps=100_000, lr=3e-4),
+    "llama2-7b": dict(batch=2, accum=512, steps=100_000, lr=3e-4),
+}
+
+
+def parse_config(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        text = f.metadata["help"] + ("" if f.default is None or f.default is False else f" (default: {f.default})")
+        kind = {"action": "store_true"} if f.default is False else {"type": f.type, "metavar": f.name.upper()}
+        parser.add_argument(f"--{f.name}", default=f.default, help=text.replace("%", "%%"), **kind)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def resolve(config, device, world):
+    """Fills in the defaults that depend on preset, device and number of ranks; refuses what cannot work."""
+    c = config
+    c.model = c.model or ("124m" if device.type == "cuda" else "nano")
+    if c.fp8 not in RECIPES:
+        raise UserError(f"--fp8 {c.fp8} is no recipe: choose one of {', '.join(RECIPES)}")
+    if c.model not in PRESETS:
+        raise UserError(f"--model {c.model} is no preset: choose one of {', '.join(PRESETS)}")
+    for name, value in DEFAULTS[c.model].items():
+        if getattr(c, name) is None:
+            setattr(c, name, max(value, world) if name == "accum" else value)
+    c.seq = c.seq or PRESETS[c.model].seq
+    c.warmup = c.steps // 20 if c.warmup is None else c.warmup
+    c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
+    for name in ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} {getattr(c, name)} must be at least 1")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise UserError(f"--{name} {getattr(c, name)} must be a positive number")
+    for name in ("weight_decay", "warmup", "rescale_interval"):
+        if not 0 <= getattr(c, name) < math.inf:
+            raise UserError(f"--{name} {getattr(c, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(c, name) < 1:
+            raise UserError(f"--{name} {getattr(c, name)} must lie in [0, 1)")
+    if c.accum % world:
+        raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
+                        f"use --accum {-(-c.accum // world) * world}")
+    if RECIPES[c.fp8] and c.batch * c.seq % 16:
+        raise UserError(f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which "
+                        f"--fp8 {c.fp8} needs to sum over them: change --batch or --seq")
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data: tokens that lie in files and stay there
+
+class Tokens:
+    """A sequence of tokens spread over files, read window by window through numpy.memmap.
+
+    parts: list of (path, offset in bytes, number of tokens); dtype: what one token is in the files.
+    A file is mapped anew for each window: a map that lives on keeps every page that it has touched.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.dtype = [p for p in parts if p[2] > 0], np.dtype(dtype)
+        self.ends = np.cumsum([count for _, _, count in self.parts], dtype=np.int64)
+
+    def __len__(self):
+        return int(self.ends[-1]) if self.parts else 0
+
+    def read(self, start, count):
+        """Tokens start ... start + count - 1 as int64, across file boundaries."""
+        pieces, i = [], int(np.searchsorted(self.ends, start, side="right"))
+        while count > 0:
+            path, offset, size = self.parts[i]
+            first = start - (int(self.ends[i]) - size)
+            take = min(count, size - first)
+            window = np.memmap(path, self.dtype, mode="r", offset=offset + first * self.dtype.itemsize, shape=(take,))
+            pieces.append(window.astype(np.int64))
+            start, count, i = start + take, count - take, i + 1
+        return np.concatenate(pieces)
+
+    def file_at(self, position):
+        return self.parts[int(np.searchsorted(self.ends, position, side="right"))][0]
+
+    def split(self, fraction):
+        """(all but the last `fraction` of the tokens, the rest)."""
+        cut, head, tail, done = int(len(self) * (1 - fraction)), [], [], 0
+        for path, offset, count in self.parts:
+            n = min(max(cut - done, 0), count)
+            head.append((path, offset, n))
+            tail.append((path, offset + n * self.dtype.itemsize, count - n))
+            done += count
+        return Tokens(head, self.dtype), Tokens(tail, self.dtype)
+
+
+SHARD_MAGIC, SHARD_HEADER = 20240520, 1024   # llm.c, modded-nanogpt: 256 int32, then uint16 tokens
+
+
+def token_file(path):
+    """(part, dtype) of one file, by what is in it: .npy array, llm.c shard, nanoGPT uint16, or text as bytes."""
+    size = path.stat().st_size
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (ValueError, OSError, EOFError) as e:
+            raise UserError(f"--data: {path} is not a readable .npy file ({e}): write it with numpy.save") from None
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(f"--data: {path} holds {array.dtype} of shape {array.shape}: "
+                            f"tokens must be a one-dimensional array of integers")
+        return (path, getattr(array, "offset", 0), len(array)), array.dtype
+    if path.suffix != ".bin":
+        return (path, 0, size), np.dtype(np.uint8)
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) and header[0] == SHARD_MAGIC:
+        if len(header) < 256 or header[1] != 1:
+            raise UserError(f"--data: {path} is a shard of version {header[1:2]}: only version 1 (uint16) is read")
+        if size != SHARD_HEADER + 2 * int(header[2]):
+            raise UserError(f"--data: {path} should hold {header[2]} tokens but has {size} bytes: copy it again")
+        return (path, SHARD_HEADER, int(header[2])), np.dtype(np.uint16)
+    if size % 2:
+        raise UserError(f"--data: {path} has an odd number of bytes ({size}): uint16 tokens are expected")
+    return (path, 0, size // 2), np.dtype(np.uint16)
+
+
+def is_text(path):
+    with open(path, "rb") as f:
+        return b"\0" not in f.read(1024)
+
+
+def list_files(root):
+    """The files to read below a folder: token files if there are any, else all text files, in a fixed order."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not any(
+        part.startswith(".") or part in ("__pycache__", "site-packages") for part in p.relative_to(root).parts))
+    for suffix in (".bin", ".npy"):
+        found = [p for p in files if p.suffix == suffix]
+        if found:
+            return found
+    return [p for p in files if is_text(p)]
+
+
+def open_data(source):
+    """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
+
+    Validation is what has "val" in its file name; where nothing has, a twentieth: of the files if there are many,
+    chosen by a checksum of their names, else of the tokens, the last ones.
+    """
+    root = Path(source or sysconfig.get_paths()["stdlib"])
+    if not root.exists():
+        raise UserError(f"--data {root} does not exist: give a folder or a file, or leave --data out")
+    if source is None:
+        files = [p for p in list_files(root) if p.suffix == ".py"]
+    else:
+        files = list_files(root) if root.is_dir() else [root]
+    parts = [token_file(p) for p in files]
+    dtypes = {dtype for _, dtype in parts}
+    if len(dtypes) > 1:
+        raise UserError(f"--data {root} mixes {' and '.join(sorted(map(str, dtypes)))} tokens: keep one kind per folder")
+    if sum(count for (_, _, count), _ in parts) == 0:
+        raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
+    dtype = dtypes.pop()
+    everything = Tokens([part for part, _ in parts], dtype)
+    name = {p: str(p.relative_to(root)) if root.is_dir() else p.name for p in files}
+    chosen = [p for p in files if "val" in p.stem] if dtype != np.uint8 else []
+    if not chosen and len(files) >= 40:
+        chosen = [p for p in files if zlib.crc32(name[p].encode()) % 20 == 0]
+    if chosen:
+        train = Tokens([part for part in everything.parts if part[0] not in set(chosen)], dtype)
+        val = Tokens([part for part in everything.parts if part[0] in set(chosen)], dtype)
+    else:
+        train, val = everything.split(0.05)
+    return train, val, 256 if dtype == np.uint8 else None
+
+
+class Batches:
+    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks."""
+
+    def __init__(self, tokens, config, vocab, what):
+        self.tokens, self.config, self.vocab, self.what = tokens, config, vocab, what
+        if len(tokens) < config.seq + 1:
+            raise UserError(f"the {what} data has {len(tokens)} tokens, fewer than one sequence of --seq {config.seq} "
+                            f"+ 1: give more data or a shorter --seq")
+        for start in np.linspace(0, len(tokens) - config.seq - 1, 64).astype(np.int64):
+            self.window(int(start))   # a wrong vocabulary shows at the start, not hours later
+
+    def window(self, start):
+        window = self.tokens.read(start, self.config.seq + 1)
+        if window.max() >= self.vocab or window.min() < 0:
+            worst = int(window.max() if window.max() >= self.vocab else window.min())
+            where = self.tokens.file_at(start + int((window == worst).argmax()))
+            raise UserError(f"token id {worst} in {where} is outside the model's vocabulary of {self.vocab}: "
+                            f"is this the right data for --model {self.config.model}?")
+        return window
+
+    def load(self, starts, device):
+        """Start positions -> inputs, targets (B, seq) int64 on the device."""
+        windows = torch.from_numpy(np.stack([self.window(int(s)) for s in starts]))
+        if device.type == "cuda":
+            windows = windows.pin_memory().to(device, non_blocking=True)
+        return windows[:, :-1], windows[:, 1:]
+
+    def step(self, step, micro, device):
+        """Micro-batch number `micro` (over all ranks) of a training step."""
+        c = self.config
+        rng = np.random.default_rng((c.seed, step))
+        starts = rng.integers(0, len(self.tokens) - c.seq, size=(c.accum, c.batch))
+        return self.load(starts[micro], device)
+
+    def evaluation(self, i, device):
+        """Micro-batch number i of eval_batches: evenly spaced windows, the same at every evaluation."""
+        c = self.config
+        starts = np.linspace(0, len(self.tokens) - c.seq - 1, c.eval_batches * c.batch).astype(np.int64)
+        return self.load(starts.reshape(c.eval_batches, c.batch)[i], device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Devices and ranks
+
+@dataclass
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+
+def start_ranks(device):
+    """The device of this process; joins the others if torchrun started it."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported: use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this process needs GPU {device.index or 0}, and PyTorch sees "
+                        f"{torch.cuda.device_count()}: use --device cpu or start fewer ranks")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    if dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(0, 1, device)
+
+
+def all_sum(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# Dense BF16 peak in TFLOP/s by the vendors' data sheets, found by a part of the device's name, first match wins.
+BF16_PEAK = {"B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+             "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+
+
+def bf16_peak(device):
+    """Peak FLOP/s that MFU is measured against, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for part, peak in BF16_PEAK.items() if part in name), None)
+
+
+def peak_memory(device):
+    """Bytes: what the GPU's allocator held at most, or on a CPU the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:   # Windows
+        return 0
+
+
+def numerics(fp8, device):
+    """One line: what computes the linear layers here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if fp8 == "none":
+        return f"{'BF16' if device.type == 'cuda' else 'FP32'} on {name}, training and evaluation alike"
+    if has_fp8_tensor_cores(device):
+        return f"FP8 kernels on {name}, training and evaluation alike"
+    why = "Triton is not installed" if device.type == "cuda" and not HAS_TRITON else "no FP8 kernels for it"
+    return f"FP8 emulated on {name} ({why}): quantise, dequantise, multiply; training and evaluation alike"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, state):
+    """Written beside its place and renamed into it: a crash leaves the old checkpoint or the new, never a half."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, config, model_config):
+    if not path.exists():
+        raise UserError(f"--resume: there is no checkpoint {path}: check --out, or leave --resume out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}): restore it from a copy") from None
+    for name, value in dataclasses.asdict(model_config).items():
+        if name != "seq" and state["model_config"].get(name) != value:
+            raise UserError(f"--resume: {path} holds a model with {name} = {state['model_config'].get(name)}, but "
+                            f"{name} = {value} is asked for: use the --model and --data that it was trained with")
+    return state
+
+
+def set_aside(out):
+    """Renames the folder of an earlier run, so that nothing is overwritten."""
+    if (out / "log.jsonl").exists() or (out / "ckpt.pt").exists():
+        n = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
+        out.rename(out.with_name(f"{out.name}.{n}"))
+        print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parts of the loop
+
+def learning_rate(step, c):
+    """Of optimizer step number `step`, from 0: linear warm-up, then a cosine down to a tenth of the peak."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / (c.warmup + 1)
+    progress = (step - c.warmup) / max(c.steps - c.warmup, 1)
+    return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+def make_optimizer(model, c):
+    """AdamW; weight decay on matrices, not on norms."""
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=parameters[0].is_cuda)
+
+
+def make_scales(model, c):
+    """The FP32 scale of every FP8 weight (autoscale.py), or None where a recipe scales by blocks or not at all."""
+    if model.recipe is None or model.recipe.weight_scale == "block":
+        return None
+    return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
+
+
+def requantize(model, scales):
+    """New FP8 copies of all weights: once after each optimizer step, not once per micro-batch."""
+    for i, layer in enumerate(model.linears()):
+        layer.requantize(None if scales is None else scales.scale[i])
+
+
+@torch.no_grad()
+def evaluate(model, batches, ranks):
+    """Mean validation loss in nats per token, over all ranks."""
+    mine = range(ranks.rank, batches.config.eval_batches, ranks.world)
+    total = torch.zeros(2, device=ranks.device)
+    for i in mine:
+        total += torch.stack((model(*batches.evaluation(i, ranks.device)), torch.ones((), device=ranks.device)))
+    loss, count = all_sum(total).tolist()
+    return loss / count
+
+
+@torch.no_grad()
+def first_non_finite(model, tokens, targets):
+    """The first layer whose output is not finite, else the first whose gradient was not, from the loss backwards."""
+    bad, hooks = [], []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            hooks.append(module.register_forward_hook(
+                lambda _, __, y, name=name: bad.append(name) if not y.isfinite().all() else None))
+    model(tokens, targets)
+    for hook in hooks:
+        hook.remove()
+    if bad:
+        return f"the output of {bad[0]}"
+    for name, p in reversed(list(model.named_parameters())):
+        if p.grad is not None and not p.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return "the loss"
+
+
+def scale_health(model, scales):
+    """Largest predicted / true weight scale, and mean shares of activations saturated and lost by folding."""
+    health = {}
+    if scales is not None:
+        health["scale_ratio"] = scales.headroom().max().item()
+    records = [layer.health for layer in model.linears() if layer.health]
+    for key in records[0] if records else ():
+        health[key] = torch.stack([r[key].float() for r in records]).mean().item()
+    return health
+
+
+def watch(model, on):
+    if model.recipe:
+        for layer in model.linears():
+            layer.health = {} if on else None
+
+
+def clock(seconds):
+    seconds = int(seconds)
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02}s"
+
+
+def progress_line(record, c, seconds_left):
+    line = (f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s")
+    if "mfu" in record:
+        line += f"  MFU {record['mfu']:.1%}"
+    if "scale_ratio" in record:
+        line += f"  scale x{record['scale_ratio']:.3f}"
+    if "saturated" in record:
+        line += f"  saturated {record['saturated']:.2%}  folded away {record['folded']:.2%}"
+    return line + f"  {clock(seconds_left)} left"
+
+
+@torch.no_grad()
+def sample(model, batches, device, seed, count=200):
+    """Text (or token ids) that the trained model continues from the start of the validation data."""
+    is_text = batches.tokens.dtype == np.uint8
+    prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64) if is_text else batches.tokens.read(0, 16)
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = model.generate(torch.from_numpy(prompt)[None].to(device), count, generator=generator)[0].tolist()
+    return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+
+class StopSignal:
+    """SIGINT or SIGTERM ask the loop to finish its step, save and leave; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = False
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, *_):
+        self.received = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def train(config):
+    """Runs the whole of it; returns the summary as a dict."""
+    ranks = start_ranks(config.device)
+    device, main = ranks.device, ranks.main
+    c = resolve(config, device, ranks.world)
+    say = print if main else lambda *_, **__: None
+
+    # Everything that can be wrong with the user's input is found before anything is written.
+    train_tokens, val_tokens, vocab = open_data(c.data)
+    try:
+        model_config = dataclasses.replace(PRESETS[c.model], seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
+        torch.manual_seed(c.seed)
+        with torch.device(device):
+            model = Transformer(model_config, c.fp8)
+    except ValueError as e:
+        raise UserError(e) from None
+    train_batches = Batches(train_tokens, c, model_config.vocab, "training")
+    val_batches = Batches(val_tokens, c, model_config.vocab, "validation")
+    out, checkpoint = Path(c.out), Path(c.out) / "ckpt.pt"
+    state = load_checkpoint(checkpoint, c, model_config) if c.resume else None
+
+    optimizer, scales = make_optimizer(model, c), make_scales(model, c)
+    step = updates = skipped = in_a_row = 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, updates, skipped = state["step"], state["updates"], state["skipped"]
+        for name, value in state["config"].items():
+            if getattr(c, name) != value and name not in ("resume", "device", "out"):
+                say(f"note: --{name} was {value} and is now {getattr(c, name)}")
+    if scales and state and state["config"]["fp8"] == c.fp8:
+        scales.load_state_dict(state["scales"])
+    elif scales:
+        scales.anchor()
+    requantize(model, scales)
+
+    if main:
+        try:
+            if not c.resume:
+                set_aside(out)
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl", "a")
+        except OSError as e:
+            raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens_per_step = c.accum * c.batch * c.seq
+    say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
+    say(f"model   {c.model}: {parameters:,} parameters, vocabulary {model_config.vocab}")
+    say(f"data    {len(train_tokens):,} training and {len(val_tokens):,} validation tokens of "
+        f"{c.data or 'the Python standard library'}")
+    say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
+    if state:
+        say(f"resumed {checkpoint} at step {step}")
+
+    ddp = model
+    if ranks.world > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    stop, peak = StopSignal(), bf16_peak(device)
+    flops = flops_per_token(model_config, c.seq)
+    local_accum = c.accum // ranks.world
+    loss = val_loss = math.nan
+
+    def save():
+        if main:
+            save_checkpoint(checkpoint, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scales": scales.state_dict() if scales else None, "step": step, "updates": updates,
+                "skipped": skipped, "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model_config)})
+
+    if step == 0:
+        val_loss = evaluate(model, val_batches, ranks)
+        say(f"step {0:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
+    started = last_time = time.perf_counter()
+    first_step = last_step = step
+    while step < c.steps:
+        lr = learning_rate(step, c)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
+        watch(model, logging)
+        loss_sum = torch.zeros((), device=device)
+        for i in range(local_accum):
+            tokens, targets = train_batches.step(step, i * ranks.world + ranks.rank, device)
+            with ddp.no_sync() if ranks.world > 1 and i < local_accum - 1 else nullcontext():
+                loss = ddp(tokens, targets)
+                (loss / local_accum).backward()     # DDP then averages over the ranks
+            loss_sum += loss.detach() / c.accum
+        health = scale_health(model, scales) if logging else {}
+        watch(model, False)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        sums = all_sum(torch.stack((loss_sum, torch.tensor(float(stop.received), device=device))))
+        loss, stopping, norm = torch.cat((sums, norm.view(1))).tolist()   # the one wait for the GPU in a step
+
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            updates, in_a_row = updates + 1, 0
+            if scales:
+                scales.update(lr, (c.beta1, c.beta2), c.weight_decay, updates)
+            requantize(model, scales)
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            say(f"step {step + 1}: loss {loss}, gradient norm {norm}: skipped, the weights stay as they were")
+            if in_a_row >= c.max_skips:
+                culprit = first_non_finite(model, tokens, targets)
+                raise RunError(f"{in_a_row} steps in a row were not finite; first was {culprit}: "
+                               f"lower --lr or look at the data; {checkpoint} holds the last saved state")
+        optimizer.zero_grad()
+        step += 1
+
+        evaluating = step % c.eval_every == 0 or step == c.steps or stopping > 0
+        if logging or evaluating:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            speed = (step - last_step) * tokens_per_step / (now - last_time)
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
+            if peak:
+                record["mfu"] = round(speed / ranks.world * flops / peak, 4)
+            record.update(health, skipped=skipped)
+            if evaluating:
+                record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
+                save()
+            if main:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+            left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
+            say(progress_line(record, c, left))
+            last_step, last_time = step, time.perf_counter()
+        if stopping:
+            break
+    stop.restore()
+    seconds = time.perf_counter() - started
+
+    if step < c.steps:
+        say(f"stopped by a signal at step {step}; go on with the same command and --resume")
+        return None
+    if main:
+        print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
+        summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
+                   "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(val_loss, 4),
+                   "tokens_per_s": round((step - first_step) * tokens_per_step / seconds),
+                   "peak_memory_gib": round(peak_memory(device) / 2**30, 2), "skipped_steps": skipped,
+                   "time": clock(seconds)}
+        for key, value in summary.items():
+            print(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
+        return summary
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit code."""
+    try:
+        train(parse_config(argv))
+        return 0
+    except UserError as e:
+        code, message = 2, e
+    except RunError as e:
+        code, message = 1, e
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
