@@ -97,8 +97,8 @@ def scale_from_amax(amax, fmt, rule):
     a value lands above fmt.max. Scales end at 2^-126, so that a block of zeros is 0 / 2^-126 = 0.
     """
     amax = amax.clamp(min=fmt.max * MIN_SCALE)
-    if rule == "fp32":
-        scale = amax / fmt.max
+    if rule == "fp32":  # divided by a tensor: by a Python number, CUDA multiplies with the rounded reciprocal
+        scale = amax / amax.new_full((), fmt.max)
     elif rule == "floor":
         scale = pow2(floor_log2(amax) - fmt.emax)
     elif rule == "up":  # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed

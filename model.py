@@ -58,7 +58,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384, tied=True),
+    "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384),
     "124m": ModelConfig(vocab=50304, seq=1024, d=768, layers=12, heads=12, ffn=2048, tied=True),
     "1b": ModelConfig(vocab=50304, seq=2048, d=2048, layers=16, heads=16, ffn=8192, norm="layer", tied=True),
     "olmo-7b": ModelConfig(vocab=50304, seq=2048, d=4096, layers=32, heads=32, ffn=11008, norm="layer"),

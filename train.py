@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from autoscale import WeightScales
+from autoscale import WeightScales, check_optimizer
 from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
 from model import PRESETS, Linear, Transformer, flops_per_token
 
@@ -84,7 +84,7 @@ class Config:
 
 # Batch and learning rate as the models of these sizes are usually trained; the first two rows fit a coffee break.
 DEFAULTS = {
-    "nano": dict(batch=32, accum=1, steps=300, lr=4e-3),
+    "nano": dict(batch=32, accum=1, steps=200, lr=4e-3),
     "124m": dict(batch=32, accum=2, steps=1000, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=4, accum=512, steps=100_000, lr=3e-4),
@@ -431,10 +431,12 @@ def make_optimizer(model, c):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=parameters[0].is_cuda)
 
 
-def make_scales(model, c):
+def make_scales(model, optimizer, c):
     """The FP32 scale of every FP8 weight (autoscale.py), or None where a recipe scales by blocks or not at all."""
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
+    if model.recipe.weight_scale == "predicted":
+        check_optimizer(optimizer)
     return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
 
 
@@ -475,10 +477,11 @@ def first_non_finite(model, tokens, targets):
 
 
 def scale_health(model, scales):
-    """Largest predicted / true weight scale, and mean shares of activations saturated and lost by folding."""
+    """Predicted / true weight scale (below 1 weights saturate), shares of activations saturated and lost by folding."""
     health = {}
     if scales is not None:
-        health["scale_ratio"] = scales.headroom().max().item()
+        least, most = scales.headroom().aminmax()
+        health.update(scale_ratio=most.item(), scale_ratio_min=least.item())
     records = [layer.health for layer in model.linears() if layer.health]
     for key in records[0] if records else ():
         health[key] = torch.stack([r[key].float() for r in records]).mean().item()
@@ -558,7 +561,8 @@ def train(config):
     out, checkpoint = Path(c.out), Path(c.out) / "ckpt.pt"
     state = load_checkpoint(checkpoint, c, model_config) if c.resume else None
 
-    optimizer, scales = make_optimizer(model, c), make_scales(model, c)
+    optimizer = make_optimizer(model, c)
+    scales = make_scales(model, optimizer, c)
     step = updates = skipped = in_a_row = 0
     if state:
         model.load_state_dict(state["model"])
