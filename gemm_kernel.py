@@ -24,7 +24,12 @@ Hopper's FP8 tensor cores keep about 14 bits of a running sum. fprop lives with 
 3.5e-3, growing with K); dgrad and wgrad add their partial sums to an FP32 accumulator every 8 x 128 of K.
 """
 
+import os
+
 import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"   # run alone on a CPU: the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, FORMATS
 from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, has_fp8_tensor_cores, quantize, quantize_reference,
@@ -197,3 +202,64 @@ def fp8_linear(x, weight, w, w_t, recipe):
     """x (..., K) -> (..., N), differentiable in x and weight. See FP8Linear."""
     y = FP8Linear.apply(x.reshape(-1, x.shape[-1]), weight, w, w_t, recipe)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# What `python gemm_kernel.py` shows
+
+VARIANTS = {  # name: (block of A, block of B, scale rule, promote)
+    "epilogue only (moss)": ((1, ALL), (ALL, ALL), "up", False),
+    "epilogue, promoted": ((1, ALL), (ALL, ALL), "up", True),
+    "in loop per 128 (group)": ((1, 128), (128, 128), "fp32", False),
+    "in loop per 32": ((1, 32), (1, 32), "floor", False),
+}
+
+
+def relative_error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def operands(M, N, K, variant, device):
+    """Random Quantized A (M, K), B (N, K) for a variant, and their product in float64."""
+    block_a, block_b, rule, _ = VARIANTS[variant]
+    a = quantize_reference(torch.randn(M, K, device=device), E4M3, block_a, rule)
+    b = quantize_reference(torch.randn(N, K, device=device), E4M3, block_b, rule)
+    return a, b, a.dequantize().double() @ b.dequantize().double().t()
+
+
+def main():
+    gpu = has_fp8_tensor_cores("cuda") if torch.cuda.is_available() else False
+    device = "cuda" if gpu else "cpu"
+    torch.manual_seed(0)
+    if gpu:
+        from triton.testing import do_bench
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
+        shapes = ((16384, 4096, 4096), (16384, 22016, 4096), (16384, 4096, 11008))
+    else:
+        kernel = "the kernel in Triton's interpreter" if HAS_TRITON else "no Triton here: the PyTorch reference"
+        print(f"Errors on a CPU ({kernel}); times need a GPU of compute capability 9.0\n")
+        shapes = ((64, 96, 256), (100, 72, 1040))
+    multiply = matmul_triton if HAS_TRITON else lambda a, b, dtype, promote: matmul_reference(a, b, dtype)
+
+    print(f"{'M x N x K':>20}  {'scales':24}{'error':>9}" + ("      ms  TFLOP/s  x BF16" if gpu else ""))
+    for M, N, K in shapes:
+        if gpu:
+            x, w = (torch.randn(n, K, device=device, dtype=torch.bfloat16) for n in (M, N))
+            bf16 = do_bench(lambda: x @ w.t(), return_mode="median")
+            print(f"{f'{M} x {N} x {K}':>20}  {'BF16 (cuBLAS)':24}{'':>9}{bf16:8.3f}{2e-9 * M * N * K / bf16:9.0f}")
+        for variant, (_, _, _, promote) in VARIANTS.items():
+            # float64 of the whole product is slow, and a strip of it shows the same error
+            a, b, exact = operands(min(M, 512), N, K, variant, device)
+            error = relative_error(multiply(a, b, torch.float32, promote), exact)
+            line = f"{f'{M} x {N} x {K}':>20}  {variant:24}{error:9.1e}"
+            if gpu:
+                a, b, exact = *operands(M, N, K, variant, device)[:2], None
+                ms = do_bench(lambda: multiply(a, b, torch.bfloat16, promote), return_mode="median")
+                line += f"{ms:8.3f}{2e-9 * M * N * K / ms:9.0f}{bf16 / ms:8.2f}"
+            print(line)
+    print("\n-> error: against float64 on the same FP8 operands. With scales outside the sum the main loop is tensor-core\n"
+          "   work alone. Every rescale inside it makes the tensor cores wait for FP32 arithmetic on the whole tile.")
+
+
+if __name__ == "__main__":
+    main()

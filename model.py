@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gemm_kernel import fp8_linear
-from microscale import RECIPES, fold_loss, quantize, quantize_weight, saturated_share
+from microscale import ALL, RECIPES, fold_loss, quantize, quantize_weight, saturated_share
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -242,3 +242,51 @@ def flops_per_token(c, seq=None):
     """
     linear, _ = parameter_count(c)
     return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * (seq or c.seq)
+
+
+def memory(c, fp8, tokens, element=2):
+    """Bytes of a training step over this many tokens, by use; `element` bytes per BF16 activation.
+
+    Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. `copies` are what the
+    matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
+
+        in BF16 under all recipes      block input d, qkv d + 2 kv, q and k after RoPE d + kv, attention output d,
+                                       input of the second half d, gate and up 2 ffn, silu(gate) ffn
+        inputs of the linear layers    d, d, d, ffn: in FP8, or in BF16 (the third is the attention output, kept anyway)
+        per token, once                final norm's input and output 2 d, probabilities vocab in FP32
+    """
+    linear, total = parameter_count(c)
+    recipe = RECIPES[fp8]
+    layer = element * (5 * c.d + 3 * c.kv_dim + 3 * c.ffn)
+    if recipe:
+        layer += quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn)
+        copies = 2 * quantized_bytes(recipe.weight_block) * linear
+    else:
+        layer += element * (2 * c.d + c.ffn)
+        copies = element * linear
+    per_token = c.layers * layer + element * 2 * c.d + 4 * c.vocab
+    return {"weights": 4 * total, "copies": copies + element * c.vocab * c.d, "gradients": 4 * total,
+            "optimizer": 8 * total, "activations": tokens * per_token}
+
+
+def quantized_bytes(block):
+    """Bytes per value in FP8 with its share of a block's scale: 1 for E8M0 per 32, 4 for FP32 per 128 or 128 x 128."""
+    if ALL in block:
+        return 1.0
+    return 1 + (1 if block[1] == 32 else 4) / (block[0] * block[1])
+
+
+def main():
+    for name, c in PRESETS.items():
+        _, total = parameter_count(c)
+        print(f"{name}: {total:,} parameters, {flops_per_token(c) / 1e9:.2f} GFLOP per token; "
+              f"GiB for one sequence of {c.seq}:")
+        print(f"    {'':8}" + "".join(f"{use:>13}" for use in memory(c, "none", c.seq)) + f"{'total':>13}")
+        for fp8 in RECIPES:
+            use = memory(c, fp8, c.seq)
+            print(f"    {fp8:8}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The matrix product against float64, the linear layer's output and each of its gradients, on every recipe."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import gemm_kernel as gk
+from fp8_formats import E4M3, E5M2
+from microscale import ALL, HAS_TRITON, RECIPES, Quantized, quantize_reference, quantize_weight, sqnr
+
+FP8_RECIPES = [name for name in RECIPES if name != "none"]
+VARIANTS = {"tensor": ((ALL, ALL), (ALL, ALL), "fp32"), "moss": ((1, ALL), (ALL, ALL), "up"),
+            "group": ((1, 128), (128, 128), "fp32"), "group, wgrad": ((1, 128), (1, 128), "fp32"),
+            "per 32": ((1, 32), (1, 32), "floor")}
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def quantised_pair(M, N, K, variant, fmt_b=E4M3):
+    torch.manual_seed(M * N + K)
+    block_a, block_b, rule = VARIANTS[variant]
+    a = quantize_reference(torch.randn(M, K, device=DEVICE), E4M3, block_a, rule)
+    b = quantize_reference(torch.randn(N, K, device=DEVICE), fmt_b, block_b, rule)
+    return a, b, a.dequantize().double() @ b.dequantize().double().t()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The product
+
+@needs_triton
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("M, N, K", [(1, 1, 16), (1, 3, 32), (64, 64, 128), (100, 200, 272), (17, 130, 1040)])
+@pytest.mark.parametrize("promote", [False, True], ids=["fast", "promoted"])
+def test_kernel_equals_float64_on_the_same_fp8_operands(variant, M, N, K, promote):
+    a, b, exact = quantised_pair(M, N, K, variant)
+    # the tensor core keeps about 14 bits of a running sum, which costs 5e-4 at K = 1040; the interpreter sums in FP32
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < (1e-3 if DEVICE == "cuda" else 1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
+def test_kernel_multiplies_e4m3_with_either_format(fmt):
+    a, b, exact = quantised_pair(48, 80, 256, "moss", fmt)
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32), exact) < 1e-3
+
+
+@pytest.mark.gpu   # the interpreter cuts bits off where a GPU rounds to BF16
+def test_bf16_output_is_the_float32_output_rounded_once():
+    a, b, _ = quantised_pair(70, 90, 256, "moss")
+    assert torch.equal(gk.matmul_triton(a, b, torch.bfloat16), gk.matmul_triton(a, b, torch.float32).bfloat16())
+
+
+@pytest.mark.gpu
+def test_promotion_holds_the_error_at_k_16384_that_fast_accumulation_loses():
+    a, b, exact = quantised_pair(512, 512, 16384, "tensor")
+    fast, promoted = (gk.relative_error(gk.matmul_triton(a, b, torch.bfloat16, p), exact) for p in (False, True))
+    assert promoted < 2e-3 < fast   # BF16 rounding of the output alone is 1.66e-3
+
+
+@needs_triton
+def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
+    a = Quantized(torch.zeros(4, 24, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(1, 1, device=DEVICE), (ALL, ALL))
+    with pytest.raises(ValueError, match="K = 24.*multiple of 16; pad"):
+        gk.matmul_triton(a, a)
+
+
+def test_torch_scaled_mm_agrees_on_scales_per_tensor():
+    a, b, _ = quantised_pair(32, 64, 96, "tensor")
+    theirs = torch._scaled_mm(a.data, b.data.t(), a.scale.view(()), b.scale.view(()), out_dtype=torch.bfloat16)
+    # two roundings to BF16 of sums that were taken in another order
+    assert gk.relative_error(gk.matmul(a, b, torch.bfloat16), theirs.double()) < 4e-3
+
+
+# ---------------------------------------------------------------------------------------------------
+# The linear layer
+
+def linear_case(name, T, N, K, dtype=torch.float32):
+    """(x, weight, FP8 weight copies, dy) with tokens of different size, as in a trained model."""
+    torch.manual_seed(T + N + K)
+    x = (torch.randn(T, K) * torch.exp(torch.randn(T, 1))).to(DEVICE, dtype).requires_grad_()
+    weight = (0.02 * torch.randn(N, K)).to(DEVICE).requires_grad_()
+    dy = (1e-4 * torch.randn(T, N) * torch.exp(torch.randn(T, 1))).to(DEVICE, dtype)
+    recipe = RECIPES[name]
+    scale = None if recipe.weight_scale == "block" else (weight.detach().abs().max() / 448).view(1, 1)
+    return x, weight, quantize_weight(weight.detach(), recipe, scale), dy
+
+
+def run_linear(name, x, weight, copies, dy):
+    x.grad = weight.grad = None
+    y = gk.fp8_linear(x, weight, *copies, RECIPES[name])
+    y.backward(dy)
+    return {"output": y.detach(), "x.grad": x.grad, "weight.grad": weight.grad}
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+@pytest.mark.parametrize("T, N, K", [(64, 96, 128), (48, 32, 272), (16, 144, 80)])
+def test_output_and_each_gradient_are_close_to_the_unquantised_layer(name, T, N, K):
+    x, weight, copies, dy = linear_case(name, T, N, K)
+    got = run_linear(name, x, weight, copies, dy)
+    X, W, dY = (t.detach().double() for t in (x, weight, dy))
+    exact = {"output": X @ W.t(), "x.grad": dY @ W, "weight.grad": dY.t() @ X}
+    # E4M3 keeps 4 bits: 31 dB per operand, 28 dB for a product of two. E5M2 (gradients of `tensor`) keeps 3: 25 and
+    # 24 dB; one scale per tensor drowns small tokens, mx cuts off the top of its blocks: 1 to 2 dB less.
+    lowest = {"output": 25, "x.grad": 22 if name == "tensor" else 25, "weight.grad": 22 if name == "tensor" else 25}
+    assert {k: sqnr(exact[k], got[k]) > lowest[k] for k in got} == {k: True for k in got}
+
+
+@pytest.mark.parametrize("name", ["tensor", "moss"])
+def test_each_product_is_exact_on_the_operands_as_quantised(name):
+    """tensor and moss use one FP8 copy of X and of dY for all products, so the whole layer can be written down."""
+    x, weight, (w, w_t), dy = linear_case(name, 64, 96, 128)
+    got = run_linear(name, x, weight, (w, w_t), dy)
+    recipe = RECIPES[name]
+    X = quantize_reference(x.detach(), E4M3, recipe.act_block, recipe.rule)
+    dY = quantize_reference(dy, gk.FORMATS[recipe.grad_format], recipe.act_block, recipe.rule)
+    X, W, dY = (q.dequantize().double() for q in (X, w, dY))
+    exact = {"output": X @ W.t(), "x.grad": dY @ W, "weight.grad": dY.t() @ X}
+    # In wgrad moss multiplies the token scales into dY^T, which may turn subnormal: 2^-14 of the largest token.
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5
+    for what, value in got.items():
+        assert gk.relative_error(value, exact[what]) < tolerance, what
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_the_layer_gives_the_same_bits_twice(name):
+    case = linear_case(name, 64, 96, 128)
+    first, second = run_linear(name, *case), run_linear(name, *case)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_gradients_accumulate_over_micro_batches(name):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    once = run_linear(name, x, weight, copies, dy)["weight.grad"].clone()
+    gk.fp8_linear(x, weight, *copies, RECIPES[name]).backward(dy)
+    assert torch.equal(weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_recomputing_the_activation_changes_no_bit(name):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    plain = run_linear(name, x, weight, copies, dy)
+    x.grad = weight.grad = None
+    y = torch.utils.checkpoint.checkpoint(gk.fp8_linear, x, weight, *copies, RECIPES[name], use_reentrant=False)
+    y.backward(dy)
+    assert torch.equal(x.grad, plain["x.grad"]) and torch.equal(weight.grad, plain["weight.grad"])
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_only_fp8_is_kept_of_the_activation(name):
+    x, weight, copies, _ = linear_case(name, 64, 96, 128)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gk.fp8_linear(x, weight, *copies, RECIPES[name])
+    data = [t for t in kept if t.numel() == x.numel()]
+    assert [t.element_size() for t in data] == [1]
+    assert sum(t.nbytes for t in kept) < 1.2 * x.numel()   # the rest are scales
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_nan_in_the_input_or_the_gradient_is_not_hidden(name):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    with torch.no_grad():
+        x[3, 5] = float("nan")
+    assert run_linear(name, x, weight, copies, dy)["output"][3].isnan().all()
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    dy[3, 5] = float("inf")
+    got = run_linear(name, x, weight, copies, dy)
+    assert not got["x.grad"][3].isfinite().any() and not got["weight.grad"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_zero_gradients_give_zero_gradients(name):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    got = run_linear(name, x, weight, copies, torch.zeros_like(dy))
+    assert (got["x.grad"] == 0).all() and (got["weight.grad"] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_kernels_on_a_gpu_agree_with_the_emulation(name, monkeypatch):
+    case = linear_case(name, 512, 384, 768, torch.bfloat16)
+    kernels = run_linear(name, *case)
+    for module in ("gemm_kernel", "microscale"):
+        monkeypatch.setattr(f"{module}.has_fp8_tensor_cores", lambda _: False)
+    emulated = run_linear(name, *case)
+    for what in kernels:   # BF16 rounding of the output is 1.66e-3, fast accumulation at K = 768 less than 1e-3
+        assert gk.relative_error(kernels[what], emulated[what].double()) < 4e-3, what
