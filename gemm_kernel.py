@@ -116,8 +116,15 @@ if HAS_TRITON:
                     acc *= (tl.load(a_scale_ptr + m, mask=m < M, other=0.0) * tl.load(b_scale_ptr))[:, None]
                 else:
                     acc *= tl.load(a_scale_ptr) * tl.load(b_scale_ptr)
+            # The tile passes through shared memory on its way out. Half at a time, or it would not fit beside A and B.
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            n = n0 + tl.arange(0, BLOCK_N // 2)
             c_ptrs = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-            tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+            inside = (m < M)[:, None] & (n < N)[None, :]
+            tl.store(c_ptrs, left.to(c_ptr.dtype.element_ty), mask=inside)
+            inside = (m < M)[:, None] & (n + BLOCK_N // 2 < N)[None, :]
+            tl.store(c_ptrs + BLOCK_N // 2, right.to(c_ptr.dtype.element_ty), mask=inside)
 
     def tile_shape(M, N, sms):
         """(BLOCK_M, BLOCK_N, warps, stages): the largest tile of which there are enough to occupy every SM."""
