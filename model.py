@@ -101,7 +101,8 @@ class Linear(nn.Module):
         x = x.detach().reshape(-1, x.shape[-1])[:rows]
         x_q = quantize(x, block=self.recipe.act_block, rule=self.recipe.rule)
         self.health["saturated"] = saturated_share(x, x_q)
-        self.health["folded"] = fold_loss(x)[0] if self.recipe.name == "moss" else torch.zeros(())
+        if self.recipe.name == "moss":
+            self.health["folded"] = fold_loss(x)[0]
 
     def extra_repr(self):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp8={self.recipe or 'none'}"

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import os
-import platform
+import re
 import signal
 import sys
 import sysconfig
@@ -85,7 +85,7 @@ class Config:
 # Batch and learning rate as the models of these sizes are usually trained; the first two rows fit a coffee break.
 DEFAULTS = {
     "nano": dict(batch=32, accum=1, steps=200, lr=4e-3),
-    "124m": dict(batch=32, accum=2, steps=1000, lr=1e-3),
+    "124m": dict(batch=32, accum=2, steps=600, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=4, accum=512, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=2, accum=512, steps=100_000, lr=3e-4),
@@ -113,7 +113,7 @@ def resolve(config, device, world):
     for name, value in DEFAULTS[c.model].items():
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
-    c.seq = c.seq or PRESETS[c.model].seq
+    c.seq = PRESETS[c.model].seq if c.seq is None else c.seq
     c.warmup = c.steps // 20 if c.warmup is None else c.warmup
     c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
     for name in ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips"):
@@ -128,6 +128,13 @@ def resolve(config, device, world):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(c, name) < 1:
             raise UserError(f"--{name} {getattr(c, name)} must lie in [0, 1)")
+    if not 0 <= c.seed < 2**63:
+        raise UserError(f"--seed {c.seed} must lie in [0, 2^63)")
+    if c.data == "":
+        raise UserError("--data is empty: give a folder or a file, or leave --data out")
+    if Path(c.out).resolve() == Path.cwd():
+        raise UserError(f"--out {c.out} is the current folder, which cannot be renamed to keep an earlier run: "
+                        f"give a folder of its own")
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {-(-c.accum // world) * world}")
@@ -214,9 +221,9 @@ def is_text(path):
         return b"\0" not in f.read(1024)
 
 
-def list_files(root):
+def list_files(root, pattern="*"):
     """The files to read below a folder: token files if there are any, else all text files, in a fixed order."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not any(
+    files = sorted(p for p in root.rglob(pattern) if p.is_file() and not any(
         part.startswith(".") or part in ("__pycache__", "site-packages") for part in p.relative_to(root).parts))
     for suffix in (".bin", ".npy"):
         found = [p for p in files if p.suffix == suffix]
@@ -228,16 +235,13 @@ def list_files(root):
 def open_data(source):
     """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
 
-    Validation is what has "val" in its file name; where nothing has, a twentieth: of the files if there are many,
-    chosen by a checksum of their names, else of the tokens, the last ones.
+    Token files are validation data if their path below --data has the word "val". Where none has, a twentieth is:
+    of the files, chosen by a checksum of their names, if there are at least 40, else of the tokens, the last ones.
     """
-    root = Path(source or sysconfig.get_paths()["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     if not root.exists():
         raise UserError(f"--data {root} does not exist: give a folder or a file, or leave --data out")
-    if source is None:
-        files = [p for p in list_files(root) if p.suffix == ".py"]
-    else:
-        files = list_files(root) if root.is_dir() else [root]
+    files = [root] if root.is_file() else list_files(root, "*.py" if source is None else "*")
     parts = [token_file(p) for p in files]
     dtypes = {dtype for _, dtype in parts}
     if len(dtypes) > 1:
@@ -246,13 +250,13 @@ def open_data(source):
         raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
     dtype = dtypes.pop()
     everything = Tokens([part for part, _ in parts], dtype)
-    name = {p: str(p.relative_to(root)) if root.is_dir() else p.name for p in files}
-    chosen = [p for p in files if "val" in p.stem] if dtype != np.uint8 else []
+    names = [p.relative_to(root).as_posix() if root.is_dir() else p.name for p in files]
+    chosen = {p for p, name in zip(files, names) if dtype != np.uint8 and re.search(r"\bval(idation)?\b", name.replace("_", " "))}
     if not chosen and len(files) >= 40:
-        chosen = [p for p in files if zlib.crc32(name[p].encode()) % 20 == 0]
+        chosen = {p for p, name in zip(files, names) if zlib.crc32(name.encode()) % 20 == 0}
     if chosen:
-        train = Tokens([part for part in everything.parts if part[0] not in set(chosen)], dtype)
-        val = Tokens([part for part in everything.parts if part[0] in set(chosen)], dtype)
+        train, val = (Tokens([part for part, _ in parts if (part[0] in chosen) == held_out], dtype)
+                      for held_out in (False, True))
     else:
         train, val = everything.split(0.05)
     return train, val, 256 if dtype == np.uint8 else None
@@ -323,9 +327,10 @@ def start_ranks(device):
         raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported: use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this process needs GPU {device.index or 0}, and PyTorch sees "
-                        f"{torch.cuda.device_count()}: use --device cpu or start fewer ranks")
+    needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device.type == "cuda" and needed > torch.cuda.device_count():
+        raise UserError(f"--device {name}: GPU {needed - 1} is needed, but PyTorch sees "
+                        f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
@@ -390,13 +395,15 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path, config, model_config):
+def load_checkpoint(path, model_config):
     if not path.exists():
         raise UserError(f"--resume: there is no checkpoint {path}: check --out, or leave --resume out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}): restore it from a copy") from None
+    except Exception as e:   # what torch.load raises depends on where the file is damaged
+        raise UserError(f"--resume: {path} is damaged ({type(e).__name__}): restore it from a copy") from None
+    if not isinstance(state, dict) or "model_config" not in state:
+        raise UserError(f"--resume: {path} is no checkpoint of this program: check --out")
     for name, value in dataclasses.asdict(model_config).items():
         if name != "seq" and state["model_config"].get(name) != value:
             raise UserError(f"--resume: {path} holds a model with {name} = {state['model_config'].get(name)}, but "
@@ -410,6 +417,17 @@ def set_aside(out):
         n = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{n}"))
         print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
+
+
+def open_log(out, resumed_at):
+    """log.jsonl, open for appending; lines that a crashed run wrote after its last checkpoint are cut off."""
+    path = out / "log.jsonl"
+    if resumed_at is not None and path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        os.replace(temporary, path)
+    return open(path, "a", buffering=1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -436,7 +454,10 @@ def make_scales(model, optimizer, c):
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
     if model.recipe.weight_scale == "predicted":
-        check_optimizer(optimizer)
+        try:
+            check_optimizer(optimizer)
+        except ValueError as e:
+            raise UserError(f"--fp8 {c.fp8} cannot predict weight scales: {e}; or train with --fp8 tensor") from None
     return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
 
 
@@ -484,7 +505,7 @@ def scale_health(model, scales):
         health.update(scale_ratio=most.item(), scale_ratio_min=least.item())
     records = [layer.health for layer in model.linears() if layer.health]
     for key in records[0] if records else ():
-        health[key] = torch.stack([r[key].float() for r in records]).mean().item()
+        health[key] = torch.stack([r[key] for r in records]).mean().item()
     return health
 
 
@@ -506,16 +527,24 @@ def progress_line(record, c, seconds_left):
         line += f"  MFU {record['mfu']:.1%}"
     if "scale_ratio" in record:
         line += f"  scale x{record['scale_ratio']:.3f}"
-    if "saturated" in record:
-        line += f"  saturated {record['saturated']:.2%}  folded away {record['folded']:.2%}"
+    for key in ("saturated", "folded"):
+        if key in record:
+            line += f"  {key} {record[key]:.2%}"
+    if "val_loss" in record:
+        line += f"  validation loss {record['val_loss']:.4f}"
     return line + f"  {clock(seconds_left)} left"
+
+
+def json_line(record):
+    """JSON knows no NaN and no Infinity: null stands for both."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
 
 
 @torch.no_grad()
 def sample(model, batches, device, seed, count=200):
     """Text (or token ids) that the trained model continues from the start of the validation data."""
     is_text = batches.tokens.dtype == np.uint8
-    prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64) if is_text else batches.tokens.read(0, 16)
+    prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64) if is_text else batches.tokens.read(0, min(16, len(batches.tokens)))
     generator = torch.Generator(device).manual_seed(seed)
     tokens = model.generate(torch.from_numpy(prompt)[None].to(device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
@@ -527,167 +556,183 @@ def sample(model, batches, device, seed, count=200):
 class StopSignal:
     """SIGINT or SIGTERM ask the loop to finish its step, save and leave; a second one ends the process at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.received = False
         self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def receive(self, *_):
         self.received = True
-        self.restore()
+        self.__exit__()
 
-    def restore(self):
+    def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
-def train(config):
-    """Runs the whole of it; returns the summary as a dict."""
-    ranks = start_ranks(config.device)
-    device, main = ranks.device, ranks.main
-    c = resolve(config, device, ranks.world)
-    say = print if main else lambda *_, **__: None
-
-    # Everything that can be wrong with the user's input is found before anything is written.
+def build(c, device):
+    """(model, training and validation Batches). All that can be wrong with data and shapes is found here."""
     train_tokens, val_tokens, vocab = open_data(c.data)
+    torch.manual_seed(c.seed)
     try:
         model_config = dataclasses.replace(PRESETS[c.model], seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
-        torch.manual_seed(c.seed)
         with torch.device(device):
             model = Transformer(model_config, c.fp8)
     except ValueError as e:
         raise UserError(e) from None
-    train_batches = Batches(train_tokens, c, model_config.vocab, "training")
-    val_batches = Batches(val_tokens, c, model_config.vocab, "validation")
-    out, checkpoint = Path(c.out), Path(c.out) / "ckpt.pt"
-    state = load_checkpoint(checkpoint, c, model_config) if c.resume else None
+    return (model, Batches(train_tokens, c, model_config.vocab, "training"),
+            Batches(val_tokens, c, model_config.vocab, "validation"))
 
-    optimizer = make_optimizer(model, c)
-    scales = make_scales(model, optimizer, c)
-    step = updates = skipped = in_a_row = 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, updates, skipped = state["step"], state["updates"], state["skipped"]
-        for name, value in state["config"].items():
-            if getattr(c, name) != value and name not in ("resume", "device", "out"):
-                say(f"note: --{name} was {value} and is now {getattr(c, name)}")
-    if scales and state and state["config"]["fp8"] == c.fp8:
+
+def restore(state, model, optimizer, scales, c, say):
+    """Puts a checkpoint back. Scales come with it bit for bit, or are measured if the recipe is another one now."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if scales and state["config"]["fp8"] == c.fp8:
         scales.load_state_dict(state["scales"])
     elif scales:
         scales.anchor()
+    for name, value in state["config"].items():
+        if name not in ("resume", "device", "out") and getattr(c, name) != value:
+            say(f"note: --{name} was {value} and is now {getattr(c, name)}")
+
+
+def forward_backward(model, batches, step, c, ranks):
+    """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss."""
+    loss_sum = torch.zeros((), device=ranks.device)
+    mine = range(ranks.rank, c.accum, ranks.world)
+    for micro in mine:
+        tokens, targets = batches.step(step, micro, ranks.device)
+        with model.no_sync() if ranks.world > 1 and micro != mine[-1] else nullcontext():
+            loss = model(tokens, targets)
+            (loss / len(mine)).backward()     # DDP averages over the ranks
+        loss_sum += loss.detach() / c.accum
+    return loss_sum
+
+
+def train(config):
+    """The whole run; returns its summary as a dict, or None if a signal ended it."""
+    ranks = start_ranks(config.device)
+    device, main = ranks.device, ranks.main
+    say = print if main else lambda *_: None
+    c = resolve(config, device, ranks.world)
+    model, train_batches, val_batches = build(c, device)
+    optimizer = make_optimizer(model, c)
+    scales = make_scales(model, optimizer, c)
+    out, checkpoint = Path(c.out), Path(c.out) / "ckpt.pt"
+
+    step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
+    if c.resume:
+        state = load_checkpoint(checkpoint, model.config)
+        step, updates, skipped = state["step"], state["updates"], state["skipped"]
+        if step >= c.steps:
+            raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: raise --steps")
+        restore(state, model, optimizer, scales, c, say)
     requantize(model, scales)
 
+    # From here on files are written.
     if main:
         try:
             if not c.resume:
                 set_aside(out)
             out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "log.jsonl", "a")
+            log = open_log(out, step if c.resume else None)
         except OSError as e:
             raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens_per_step = c.accum * c.batch * c.seq
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
-    say(f"model   {c.model}: {parameters:,} parameters, vocabulary {model_config.vocab}")
-    say(f"data    {len(train_tokens):,} training and {len(val_tokens):,} validation tokens of "
+    say(f"model   {c.model}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {model.config.vocab}")
+    say(f"data    {len(train_batches.tokens):,} training and {len(val_batches.tokens):,} validation tokens of "
         f"{c.data or 'the Python standard library'}")
     say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
-    if state:
+    if c.resume:
         say(f"resumed {checkpoint} at step {step}")
 
     ddp = model
     if ranks.world > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
-    stop, peak = StopSignal(), bf16_peak(device)
-    flops = flops_per_token(model_config, c.seq)
-    local_accum = c.accum // ranks.world
-    loss = val_loss = math.nan
+    parameters = list(model.parameters())
+    tokens_per_step = c.accum * c.batch * c.seq
+    flops_per_step = tokens_per_step * flops_per_token(model.config)
+    peak = bf16_peak(device)
 
     def save():
         if main:
             save_checkpoint(checkpoint, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scales": scales.state_dict() if scales else None, "step": step, "updates": updates,
-                "skipped": skipped, "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model_config)})
+                "skipped": skipped, "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model.config)})
 
-    if step == 0:
-        val_loss = evaluate(model, val_batches, ranks)
-        say(f"step {0:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
+    val_loss = evaluate(model, val_batches, ranks)
+    say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
     started = last_time = time.perf_counter()
     first_step = last_step = step
-    while step < c.steps:
-        lr = learning_rate(step, c)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        watch(model, logging)
-        loss_sum = torch.zeros((), device=device)
-        for i in range(local_accum):
-            tokens, targets = train_batches.step(step, i * ranks.world + ranks.rank, device)
-            with ddp.no_sync() if ranks.world > 1 and i < local_accum - 1 else nullcontext():
-                loss = ddp(tokens, targets)
-                (loss / local_accum).backward()     # DDP then averages over the ranks
-            loss_sum += loss.detach() / c.accum
-        health = scale_health(model, scales) if logging else {}
-        watch(model, False)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        sums = all_sum(torch.stack((loss_sum, torch.tensor(float(stop.received), device=device))))
-        loss, stopping, norm = torch.cat((sums, norm.view(1))).tolist()   # the one wait for the GPU in a step
+    with StopSignal() as stop:
+        while step < c.steps:
+            lr = learning_rate(step, c)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
+            watch(model, logging)
+            loss = forward_backward(ddp, train_batches, step, c, ranks)
+            health = scale_health(model, scales) if logging else {}
+            watch(model, False)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            flag = torch.tensor(float(stop.received), device=device)
+            # All ranks learn the mean loss and whether one was told to stop: the one wait for the GPU in a step.
+            loss, stopping, norm_value = torch.cat((all_sum(torch.stack((loss, flag))), norm.view(1))).tolist()
 
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            updates, in_a_row = updates + 1, 0
-            if scales:
-                scales.update(lr, (c.beta1, c.beta2), c.weight_decay, updates)
-            requantize(model, scales)
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            say(f"step {step + 1}: loss {loss}, gradient norm {norm}: skipped, the weights stay as they were")
-            if in_a_row >= c.max_skips:
-                culprit = first_non_finite(model, tokens, targets)
-                raise RunError(f"{in_a_row} steps in a row were not finite; first was {culprit}: "
-                               f"lower --lr or look at the data; {checkpoint} holds the last saved state")
-        optimizer.zero_grad()
-        step += 1
+            if math.isfinite(loss) and math.isfinite(norm_value):
+                torch.nn.utils.clip_grads_with_norm_(parameters, c.clip, norm)
+                optimizer.step()
+                updates, in_a_row = updates + 1, 0
+                if scales:
+                    scales.update(lr, (c.beta1, c.beta2), c.weight_decay, updates)
+                requantize(model, scales)
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
+                if in_a_row >= c.max_skips:
+                    first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
+                    saved = f"{checkpoint} holds the last saved state" if checkpoint.exists() else "nothing was saved yet"
+                    raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
+                                   f"the data; {saved}")
+            optimizer.zero_grad()
+            step += 1
 
-        evaluating = step % c.eval_every == 0 or step == c.steps or stopping > 0
-        if logging or evaluating:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            speed = (step - last_step) * tokens_per_step / (now - last_time)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(speed, 1)}
-            if peak:
-                record["mfu"] = round(speed / ranks.world * flops / peak, 4)
-            record.update(health, skipped=skipped)
-            if evaluating:
-                record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
-                save()
-            if main:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-            left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
-            say(progress_line(record, c, left))
-            last_step, last_time = step, time.perf_counter()
-        if stopping:
-            break
-    stop.restore()
+            evaluating = step % c.eval_every == 0 or step == c.steps
+            if logging or evaluating or stopping:
+                now = time.perf_counter()
+                seconds_per_step = (now - last_time) / (step - last_step)
+                record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
+                          "tokens_per_s": round(tokens_per_step / seconds_per_step, 1)}
+                if peak:
+                    record["mfu"] = round(flops_per_step / seconds_per_step / ranks.world / peak, 4)
+                record.update(health, skipped=skipped)
+                if evaluating:
+                    record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
+                if evaluating or stopping:
+                    save()
+                if main:
+                    log.write(json_line(record))
+                left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
+                say(progress_line(record, c, left))
+                last_step, last_time = step, time.perf_counter()
+            if stopping and step < c.steps:
+                say("stopped by a signal and saved; go on with the same command and --resume")
+                return None
+
     seconds = time.perf_counter() - started
-
-    if step < c.steps:
-        say(f"stopped by a signal at step {step}; go on with the same command and --resume")
-        return None
     if main:
+        log.close()
         print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
-        summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
-                   "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(val_loss, 4),
-                   "tokens_per_s": round((step - first_step) * tokens_per_step / seconds),
-                   "peak_memory_gib": round(peak_memory(device) / 2**30, 2), "skipped_steps": skipped,
-                   "time": clock(seconds)}
-        for key, value in summary.items():
-            print(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
-        return summary
+    summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
+               "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": skipped,
+               "tokens_per_s": round((step - first_step) * tokens_per_step / seconds),
+               "peak_memory_gib": round(peak_memory(device) / 2**30, 2), "time": clock(seconds)}
+    for key, value in summary.items():
+        say(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
+    return summary
 
 
 def main(argv=None):
@@ -699,7 +744,7 @@ def main(argv=None):
         code, message = 2, e
     except RunError as e:
         code, message = 1, e
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:   # every rank finds the same mistakes
         print(f"error: {message}", file=sys.stderr)
     return code
 

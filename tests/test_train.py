@@ -1,0 +1,953 @@
+"""
+What train.py promises: same data and start for every recipe, resume bit for bit, no NaN in a weight, errors in a line.
+
+    $ python -m pytest tests/test_train.py
+
+The runs are tiny (nano, 16 tokens x 2 sequences, a few steps) and in this process, but for those of two ranks.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tracemalloc
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model
+import train
+from microscale import RECIPES
+from model import ModelConfig, PRESETS, Transformer
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 100
+TINY = ("--device cpu --model nano --seq 16 --batch 2 --accum 1 --steps 4 "
+        "--log_every 1 --eval_every 2 --eval_batches 1").split()
+LAYERS = 4 * PRESETS["nano"].layers   # quantised ones: qkv, out, gate_up and down of each block
+
+for_recipes = pytest.mark.parametrize("recipe", RECIPES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are tiny: on a busy machine a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run that fails leaves its handlers to a process that ends; this one goes on."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_sample(monkeypatch):
+    """200 generated tokens take longer than these runs."""
+    monkeypatch.setattr(train, "sample", lambda *_: "")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Command line of a run of half a second. Where an option is given twice, the later one counts."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def command(more="", out="out"):
+        return [*TINY, "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / out), *more.split()]
+    return command
+
+
+def run(command):
+    return train.train(train.parse_config(command))
+
+
+def checkpoint(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def config(**values):
+    """A resolved configuration, for what takes one apart from a run."""
+    return train.resolve(train.Config(**{"model": "nano", "seq": 16, "batch": 2, **values}), CPU, 1)
+
+
+def same(a, b):
+    """Bit for bit the same tensors in the same nest of dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# -----------------------------------------------------------------------------
+# Spies: what a run sees, and what is done to it
+
+
+def do_at_step(monkeypatch, step, action):
+    """Calls `action` as the data of optimizer step `step`, from 0, is read (once: for --accum 1)."""
+    original = train.Batches.step
+
+    def spy(self, number, micro, device):
+        if number == step:
+            action()
+        return original(self, number, micro, device)
+    monkeypatch.setattr(train.Batches, "step", spy)
+
+
+def on_model(monkeypatch, action):
+    """Calls `action(model)` on the run's model, with its initial weights, before anything is trained."""
+    original = train.make_optimizer
+
+    def spy(model, c):
+        action(model)
+        return original(model, c)
+    monkeypatch.setattr(train, "make_optimizer", spy)
+
+
+def record_batches(monkeypatch):
+    """-> list of ((step, micro-batch), tokens) that fills while a run reads its training data."""
+    seen, original = [], train.Batches.step
+
+    def spy(self, step, micro, device):
+        tokens, targets = original(self, step, micro, device)
+        seen.append(((step, micro), tokens))
+        return tokens, targets
+    monkeypatch.setattr(train.Batches, "step", spy)
+    return seen
+
+
+def record_states(monkeypatch):
+    """-> list of what a run would have written as checkpoints: with --eval_every 1 its state after every step."""
+    states = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: states.append(copy.deepcopy(state)))
+    return states
+
+
+def poison_gradient(monkeypatch, name, steps):
+    """Makes the gradient of one weight NaN in these steps, from 0 (for --accum 1)."""
+    def add_hook(model):
+        count = itertools.count()
+        weight = dict(model.named_parameters())[name]
+        weight.register_hook(lambda grad: torch.full_like(grad, math.nan) if next(count) in steps else grad)
+    on_model(monkeypatch, add_hook)
+
+
+ALWAYS = range(10**6)
+
+
+# -----------------------------------------------------------------------------
+# Every recipe trains, and from the same start on the same data
+
+
+@for_recipes
+def test_every_recipe_learns_on_a_cpu(recipe, tiny, no_sample):
+    summary = run(tiny(f"--fp8 {recipe} --seq 32 --batch 4 --steps 30 --eval_every 30 --log_every 30"))
+    # Ignorance is ln 256 = 5.5, letter frequencies alone give 3.0; measured 0.5 to 0.6 for all recipes.
+    assert summary["val_loss"] < 1.5
+    assert summary["recipe"] == recipe and summary["steps"] == 30 and summary["skipped_steps"] == 0
+
+
+def test_moss_trains_where_triton_cannot_be_installed(tiny):
+    code = "import sys; sys.modules['triton'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *tiny()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("emulated") == 2, done.stderr   # at the start, in the summary
+
+
+def test_all_recipes_start_from_the_same_weights(tiny, monkeypatch, no_sample):
+    weights = []
+    on_model(monkeypatch, lambda model: weights.append(copy.deepcopy(model.state_dict())))
+    for recipe in RECIPES:
+        run(tiny(f"--fp8 {recipe} --steps 1"))
+    assert len(weights) == len(RECIPES)
+    assert all(same(weights[0], other) for other in weights[1:])
+
+
+def test_all_recipes_see_the_same_batches(tiny, monkeypatch, no_sample):
+    seen = {}
+    for recipe in RECIPES:
+        with monkeypatch.context() as patch:
+            seen[recipe] = record_batches(patch)
+            run(tiny(f"--fp8 {recipe} --steps 2 --accum 2"))
+    assert [key for key, _ in seen["none"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(same(seen["none"], other) for other in seen.values())
+
+
+def test_another_seed_gives_other_weights_and_other_batches(tiny, monkeypatch, no_sample):
+    weights, batches = [], record_batches(monkeypatch)
+    on_model(monkeypatch, lambda model: weights.append(copy.deepcopy(model.state_dict())))
+    for seed in (1, 2):
+        run(tiny(f"--fp8 none --steps 1 --seed {seed}"))
+    assert not same(weights[0]["embed.weight"], weights[1]["embed.weight"])
+    assert not same(batches[0], batches[1])
+
+
+def test_every_step_and_every_micro_batch_has_its_own_data():
+    tokens, _, vocab = train.open_data(str(ROOT / "train.py"))
+    batches = train.Batches(tokens, config(accum=2), vocab, "training")
+    seen = [batches.step(step, micro, CPU)[0] for step in (0, 1, 2) for micro in (0, 1)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_targets_are_the_tokens_one_place_further():
+    tokens, _, vocab = train.open_data(str(ROOT / "train.py"))
+    x, y = train.Batches(tokens, config(), vocab, "training").step(0, 0, CPU)
+    assert x.shape == y.shape == (2, 16)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+class FakeDDP(torch.nn.Module):
+    """One rank of several, without the others."""
+
+    def __init__(self, module, **_):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments):
+        return self.module(*arguments)
+
+    def no_sync(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_micro_batches_of_one_process(world, tiny, monkeypatch, no_sample):
+    monkeypatch.setattr(train, "DistributedDataParallel", FakeDDP)
+
+    def batches_of(rank, world):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "start_ranks", lambda _: train.Ranks(rank, world, CPU))
+            seen = record_batches(patch)
+            run(tiny("--fp8 none --accum 4 --steps 2 --eval_batches 4"))
+        return seen
+    alone = batches_of(0, 1)
+    together = [batch for rank in range(world) for batch in batches_of(rank, world)]
+    assert same(sorted(together, key=lambda batch: batch[0]), alone)
+
+
+def test_only_rank_0_writes(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "DistributedDataParallel", FakeDDP)
+    monkeypatch.setattr(train, "start_ranks", lambda _: train.Ranks(1, 2, CPU))
+    run(tiny("--fp8 none --accum 2 --steps 2 --eval_batches 2"))
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == ""
+
+
+# -----------------------------------------------------------------------------
+# Two processes
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=["none", "moss"])
+def two_ranks(request, tmp_path_factory):
+    """(folder of a run on two processes, the command line that made it)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "text.txt").write_text(TEXT)
+    command = [*TINY, *f"--fp8 {request.param} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
+               "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                           "--master_port", str(free_port()), str(ROOT / "train.py"), *command],
+                          timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, command
+
+
+def test_two_processes_train_the_same_weights_as_one(two_ranks, no_sample):
+    # Bit for bit: two micro-batches leave one addition, whose order does not matter, and halving is exact. (From four
+    # micro-batches on, the sums are taken in another order, and Adam makes large updates of tiny differences.)
+    folder, command = two_ranks
+    run([*command, "--out", str(folder / "one")])
+    one, two = checkpoint(folder / "one"), checkpoint(folder / "two")
+    for part in ("model", "optimizer", "scales"):
+        assert same(one[part], two[part]), part
+
+
+def test_two_processes_write_one_log(two_ranks):
+    folder, _ = two_ranks
+    assert [record["step"] for record in read_log(folder / "two")] == [1, 2, 3]
+
+
+# -----------------------------------------------------------------------------
+# Resume, and how a run ends early
+
+INTERRUPTED = "--steps 6 --rescale_interval 5"   # stops after step 3; a true rescale of moss comes after the resume
+
+
+def run_interrupted(tiny, recipe, monkeypatch, out):
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert train.main(tiny(f"--fp8 {recipe} {INTERRUPTED}", out)) == 0
+
+
+@pytest.mark.parametrize("recipe", ["none", "tensor", "moss"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(recipe, tiny, tmp_path, monkeypatch, no_sample):
+    run(tiny(f"--fp8 {recipe} {INTERRUPTED}", "whole"))
+    run_interrupted(tiny, recipe, monkeypatch, "parts")
+    assert checkpoint(tmp_path / "parts")["step"] == 3
+    run(tiny(f"--fp8 {recipe} {INTERRUPTED} --resume", "parts"))
+    whole, parts = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("model", "optimizer", "scales", "step", "updates", "skipped"):
+        assert same(whole[part], parts[part]), part
+    logs = [read_log(tmp_path / name) for name in ("whole", "parts")]
+    for key in ("step", "loss", "lr", "grad_norm"):
+        assert [r[key] for r in logs[0]] == [r[key] for r in logs[1]], key
+
+
+def test_skipped_steps_survive_a_resume(tiny, tmp_path, monkeypatch, no_sample):
+    with monkeypatch.context() as patch:
+        poison_gradient(patch, "blocks.0.ffn.down.weight", {1})
+        run_interrupted(tiny, "moss", monkeypatch, "out")
+    run(tiny(f"--fp8 moss {INTERRUPTED} --resume"))
+    state = checkpoint(tmp_path / "out")
+    assert (state["step"], state["updates"], state["skipped"]) == (6, 5, 1)
+
+
+def test_after_a_crash_and_a_resume_the_log_has_every_step_once(tiny, tmp_path, monkeypatch, no_sample):
+    def crash():
+        raise MemoryError
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 3, crash)   # step 3 is in the log, the last checkpoint is of step 2
+        with pytest.raises(MemoryError):
+            run(tiny("--fp8 none"))
+    run(tiny("--fp8 none --resume"))
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_goes_on_under_another_recipe_and_says_so(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    run_interrupted(tiny, "none", monkeypatch, "out")
+    assert run(tiny(f"--fp8 moss {INTERRUPTED} --resume"))["steps"] == 6
+    assert "--fp8 was none and is now moss" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "out")["scales"]["scale"].shape == (LAYERS,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_saves_and_exits_0(number, tiny, tmp_path, monkeypatch, capsys):
+    do_at_step(monkeypatch, 2, lambda: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    assert train.main(tiny("--fp8 none --steps 6 --log_every 6 --eval_every 6")) == 0
+    assert checkpoint(tmp_path / "out")["step"] == 3
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [3]
+    assert "--resume" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_gives_the_signals_back(tiny, no_sample):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(tiny("--fp8 none --steps 1"))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    do_at_step(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(tiny("--fp8 none"))
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, no_sample):
+    def disk_full(state, f):
+        f.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 3, lambda: patch.setattr(torch, "save", disk_full))
+        with pytest.raises(OSError):
+            run(tiny("--fp8 none"))
+    assert checkpoint(tmp_path / "out")["step"] == 2
+    assert run(tiny("--fp8 none --resume"))["steps"] == 4
+
+
+def test_an_earlier_run_is_renamed_and_never_overwritten(tiny, tmp_path, no_sample):
+    runs = []
+    for seed in (1, 2, 3):
+        run(tiny(f"--fp8 none --steps 1 --seed {seed}"))
+        runs.append((tmp_path / "out" / "ckpt.pt").read_bytes())
+    assert [(tmp_path / name / "ckpt.pt").read_bytes() for name in ("out.1", "out.2", "out")] == runs
+
+
+def test_the_current_folder_can_be_the_output_twice(tiny, tmp_path, monkeypatch, no_sample):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        assert train.main(tiny("--fp8 none --steps 1 --out .")) in (0, 2)   # done or refused, but no traceback
+
+
+# -----------------------------------------------------------------------------
+# Mistakes: exit code 2, one line that says what, why and what to do, and nothing written
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(command, words, folder, capsys):
+    before = contents(folder)
+    assert train.main(command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert word in lines[0]
+    assert contents(folder) == before
+
+
+def write_tokens(path, tokens, dtype=np.uint16):
+    np.asarray(tokens, dtype).tofile(path)
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    """llm.c's format: 256 int32, of which three are used, then the tokens."""
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
+
+
+def write_truncated(path):
+    np.save(path, np.zeros(1000, np.uint16))
+    path.write_bytes(path.read_bytes()[:500])
+
+
+BAD_DATA = {   # name of the file: (how it is made, what the line says)
+    "nowhere": (lambda p: None, ["nowhere", "does not exist", "give a folder or a file"]),
+    "empty.txt": (lambda p: p.touch(), ["empty.txt", "holds no tokens", "are read"]),
+    "empty_folder": (lambda p: p.mkdir(), ["empty_folder", "holds no tokens", "are read"]),
+    "short.txt": (lambda p: p.write_text("ten bytes."), ["training data has 9 tokens", "--seq 16", "give more data"]),
+    "no_val.txt": (lambda p: p.write_text("x" * 100), ["validation data has 5 tokens", "--seq 16", "give more data"]),
+    "big_id.bin": (lambda p: write_tokens(p, [3, 256] * 500), ["token id 256", "big_id.bin", "256", "--model nano"]),
+    "negative.npy": (lambda p: np.save(p, np.full(999, -7)), ["token id -7", "negative.npy", "--model nano"]),
+    "odd.bin": (lambda p: p.write_bytes(b"x" * 1001), ["odd.bin", "1001", "uint16 tokens are expected"]),
+    "old.bin": (lambda p: write_shard(p, [1] * 999, version=7), ["old.bin", "version", "7", "only version 1"]),
+    "cut.bin": (lambda p: write_shard(p, [1] * 999, count=1000), ["cut.bin", "1000 tokens", "3022 bytes", "copy it"]),
+    "header.bin": (lambda p: write_tokens(p, [20240520], np.int32), ["header.bin", "version", "only version 1"]),
+    "matrix.npy": (lambda p: np.save(p, np.zeros((9, 9), np.uint16)), ["matrix.npy", "(9, 9)", "one-dimensional"]),
+    "float.npy": (lambda p: np.save(p, np.zeros(999, np.float32)), ["float.npy", "float32", "integers"]),
+    "garbage.npy": (lambda p: p.write_bytes(b"garbage" * 99), ["garbage.npy", "not a readable", "numpy.save"]),
+    "cut.npy": (write_truncated, ["cut.npy", "not a readable", "numpy.save"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused(name, tiny, tmp_path, capsys):
+    make, words = BAD_DATA[name]
+    make(tmp_path / name)
+    assert_refused(tiny(f"--data {tmp_path / name}"), words, tmp_path, capsys)
+
+
+def test_tokens_of_two_types_in_a_folder_are_refused(tiny, tmp_path, capsys):
+    (tmp_path / "mixed").mkdir()
+    for dtype in (np.uint16, np.int32):
+        np.save(tmp_path / "mixed" / f"{dtype.__name__}.npy", np.zeros(999, dtype))
+    assert_refused(tiny(f"--data {tmp_path / 'mixed'}"), ["int32 and uint16", "one kind per folder"], tmp_path, capsys)
+
+
+BAD_OPTIONS = {   # options: what the line says
+    "--model gpt5": ["--model gpt5", "no preset", "nano, 124m"],
+    "--fp8 e3m4": ["--fp8 e3m4", "no recipe", "none, tensor, group, mx, moss"],
+    "--device tpu": ["--device tpu", "no device", "use cpu"],
+    "--device cuda:99": ["--device cuda:99", "GPU 99", "use --device cpu"],
+    "--device meta": ["--device meta", "not supported", "use cpu"],
+    "--batch 1 --seq 24": ["--batch 1", "--seq 24", "24 tokens", "multiple of 16", "change --batch or --seq"],
+    "--warmup -1": ["--warmup -1", "negative"],
+    "--rescale_interval -1": ["--rescale_interval -1", "negative"],
+    "--weight_decay -0.1": ["--weight_decay -0.1", "negative"],
+    "--weight_decay nan": ["--weight_decay nan", "negative"],
+    "--lr 0": ["--lr 0", "positive"],
+    "--lr -0.001": ["--lr -0.001", "positive"],
+    "--lr nan": ["--lr nan", "positive"],
+    "--lr inf": ["--lr inf", "positive"],
+    "--clip 0": ["--clip 0", "positive"],
+    "--beta1 1": ["--beta1 1", "[0, 1)"],
+    "--beta2 -0.5": ["--beta2 -0.5", "[0, 1)"],
+    "--fp8 moss --beta1 0.95 --beta2 0.9": ["0.95", "0.9", "bound"],   # autoscale.py has no bound for these
+    "--seed -1": ["--seed -1"],
+    "--seed 99999999999999999999": ["--seed 99999999999999999999"],
+    **{f"--{name} {value}": [f"--{name} {value}", "at least 1"] for value in (0, -3) for name in
+       ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips")},
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_an_option_that_cannot_work_is_refused(options, tiny, tmp_path, capsys):
+    assert_refused(tiny(options), BAD_OPTIONS[options], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("options", ["--learning_rate 1", "--step 5", "--steps many", "--steps"])
+def test_unknown_and_malformed_options_are_refused(options, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(tiny(options))
+    assert stop.value.code == 2
+    assert options.split()[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_micro_batches_that_ranks_cannot_share_are_refused_with_a_number_that_works():
+    with pytest.raises(train.UserError, match="--accum 3 .* 2 ranks: use --accum 4"):
+        train.resolve(train.Config(model="nano", accum=3), CPU, world=2)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert_refused(tiny("--fp8 none"), ["--out", "cannot be written", "choose another"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
+def test_a_width_that_a_recipe_cannot_tile_is_refused_by_layer(recipe):
+    shape = dataclasses.replace(PRESETS["nano"], ffn=40)
+    with pytest.raises(ValueError, match="layer blocks.0.ffn.down: in = 40 .* multiple of 16.*change d, ffn"):
+        Transformer(shape, recipe)
+    Transformer(shape, "none")
+
+
+def test_a_preset_that_a_recipe_cannot_tile_is_refused_by_layer(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESETS, "nano", dataclasses.replace(PRESETS["nano"], ffn=40))
+    assert_refused(tiny("--fp8 moss"), ["blocks.0.ffn.down", "40", "--fp8 none"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("wrong, named", [(dict(d=100), "d = 100 must be a multiple of 8"),
+                                          (dict(kv_heads=3), "heads = 4 must be a multiple of 3"),
+                                          (dict(norm="batch"), "norm 'batch' is unknown")])
+def test_a_shape_that_does_not_divide_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig(**{**dict(vocab=256, seq=16, d=128, layers=1, heads=4, ffn=64), **wrong})
+
+
+def test_resume_without_a_checkpoint_is_refused(tiny, tmp_path, capsys):
+    assert_refused(tiny("--resume"), ["--resume", str(tmp_path / "out"), "check --out"], tmp_path, capsys)
+
+
+def test_resume_of_another_configuration_is_refused(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    run(tiny("--fp8 none --steps 1"))
+    capsys.readouterr()
+    monkeypatch.setitem(train.PRESETS, "nano", dataclasses.replace(PRESETS["nano"], ffn=256))
+    assert_refused(tiny("--fp8 none --resume"), ["ffn = 384", "ffn = 256", "use the --model"], tmp_path, capsys)
+
+
+def spoil(name, path):
+    """Makes an unusable file of a good checkpoint."""
+    good = path.read_bytes()
+    if name == "truncated":
+        path.write_bytes(good[:len(good) // 2])
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "garbage":
+        path.write_bytes(b"garbage" * 1000)
+    elif name == "another program's":
+        torch.save({"model": {}, "iter_num": 5}, path)
+    elif name == "a list":
+        torch.save([1, 2, 3], path)
+
+
+@pytest.mark.parametrize("name", ["truncated", "empty", "garbage", "another program's", "a list"])
+def test_resume_from_an_unusable_checkpoint_is_refused(name, tiny, tmp_path, no_sample, capsys):
+    run(tiny("--fp8 none --steps 1"))
+    capsys.readouterr()
+    spoil(name, tmp_path / "out" / "ckpt.pt")
+    assert_refused(tiny("--fp8 none --resume"), ["--resume", "ckpt.pt"], tmp_path, capsys)
+
+
+# -----------------------------------------------------------------------------
+# Data formats
+
+
+def all_of(tokens):
+    return tokens.read(0, len(tokens)).tolist() if len(tokens) else []
+
+
+def test_nanogpt_files_are_uint16_and_val_bin_is_the_validation_data(tmp_path):
+    write_tokens(tmp_path / "train.bin", range(1000))
+    write_tokens(tmp_path / "val.bin", range(50000, 50100))
+    training, validation, vocab = train.open_data(str(tmp_path))
+    assert all_of(training) == list(range(1000))
+    assert all_of(validation) == list(range(50000, 50100))
+    assert vocab is None   # the file does not say: the preset does
+
+
+def test_llm_c_shards_are_read_behind_their_header(tmp_path):
+    write_shard(tmp_path / "corpus_val_000000.bin", range(100))
+    write_shard(tmp_path / "corpus_train_000001.bin", range(1000, 2000))
+    write_shard(tmp_path / "corpus_train_000002.bin", range(2000, 3000))
+    training, validation, _ = train.open_data(str(tmp_path))
+    assert all_of(training) == list(range(1000, 3000))
+    assert all_of(validation) == list(range(100))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64", ">u2"])
+def test_npy_files_may_hold_any_integers(dtype, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(1000).astype(dtype))
+    training, validation, _ = train.open_data(str(tmp_path / "tokens.npy"))
+    assert all_of(training) == list(range(950))
+    assert all_of(validation) == list(range(950, 1000))
+
+
+def test_a_text_file_is_its_bytes_and_its_end_the_validation_data(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    training, validation, vocab = train.open_data(str(tmp_path / "text.txt"))
+    assert bytes(all_of(training)) + bytes(all_of(validation)) == TEXT.encode()
+    assert len(validation) == len(TEXT) // 20
+    assert vocab == 256
+
+
+def write_texts(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03}.txt").write_text(f"file {i}. " * (i + 1))
+
+
+def test_a_few_text_files_are_split_by_position(tmp_path):
+    write_texts(tmp_path / "few", 39)
+    training, validation, _ = train.open_data(str(tmp_path / "few"))
+    everything = b"".join((tmp_path / "few" / f"{i:03}.txt").read_bytes() for i in range(39))
+    assert bytes(all_of(training)) + bytes(all_of(validation)) == everything
+    assert 0.05 * len(everything) <= len(validation) < 0.05 * len(everything) + 1
+
+
+def test_many_text_files_are_split_by_file_the_same_way_wherever_they_lie(tmp_path):
+    write_texts(tmp_path / "many", 200)
+    write_texts(tmp_path / "copy", 200)
+    first, again, moved = (train.open_data(str(tmp_path / name))[:2] for name in ("many", "many", "copy"))
+    names = [[{part[0].name for part in tokens.parts} for tokens in split] for split in (first, again, moved)]
+    assert names[0] == names[1] == names[2]
+    training, validation = names[0]
+    assert not training & validation and len(training | validation) == 200
+    assert 2 <= len(validation) <= 20   # a twentieth of 200 is 10; by a checksum, so give or take 3 deviations
+
+
+def test_binary_hidden_and_cached_files_are_no_text(tmp_path):
+    write_texts(tmp_path / "folder", 2)
+    for name in (".git/config", "__pycache__/a.txt", "picture.png", ".hidden.txt"):
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0" * 100 if name == "picture.png" else b"x" * 100)
+    training, validation, _ = train.open_data(str(tmp_path / "folder"))
+    assert {part[0].name for part in training.parts + validation.parts} == {"000.txt", "001.txt"}
+
+
+def test_read_across_files_is_a_slice_of_their_concatenation(tmp_path):
+    pieces, start = [], 0
+    for size in (5, 0, 1, 7, 3):   # an empty file, and windows that span three
+        pieces.append((np.arange(start, start + size, dtype=np.uint16), tmp_path / f"{len(pieces)}.bin"))
+        write_tokens(pieces[-1][1], pieces[-1][0])
+        start += size
+    tokens = train.Tokens([(path, 0, len(piece)) for piece, path in pieces], np.uint16)
+    everything = np.concatenate([piece for piece, _ in pieces]).astype(np.int64)
+    assert len(tokens) == 16
+    for first in range(16):
+        for count in range(1, 17 - first):
+            window = tokens.read(first, count)
+            assert window.dtype == np.int64 and np.array_equal(window, everything[first:first + count])
+        assert tokens.file_at(first) == next(path for piece, path in pieces if first in piece)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.5, 0.99, 1.0])
+def test_split_cuts_the_sequence_in_two_and_loses_nothing(fraction, tmp_path):
+    write_shard(tmp_path / "a.bin", range(60))
+    write_tokens(tmp_path / "b.bin", range(60, 100))
+    tokens = train.Tokens([(tmp_path / "a.bin", 1024, 60), (tmp_path / "b.bin", 0, 40)], np.uint16)
+    head, tail = tokens.split(fraction)
+    assert all_of(head) + all_of(tail) == list(range(100))
+    assert len(tail) == pytest.approx(100 * fraction, abs=1)   # to a token: a cut lies between two
+
+
+def test_a_large_file_is_read_window_by_window(tmp_path):
+    with open(tmp_path / "large.bin", "wb") as f:
+        f.truncate(2**30)   # a hole: takes no space on the disk
+    tracemalloc.start()
+    training, validation, _ = train.open_data(str(tmp_path / "large.bin"))
+    batches = train.Batches(training, config(), 256, "training")
+    for step in range(10):
+        batches.step(step, 0, CPU)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(training) + len(validation) == 2**29
+    assert peak < 2**20   # bytes; measured 40 kB
+
+
+def test_the_default_corpus_is_split_by_file_the_same_way_twice():
+    (training, validation, vocab), again = train.open_data(None), train.open_data(None)
+    assert training.parts == again[0].parts and validation.parts == again[1].parts
+    assert vocab == 256
+    files = [{part[0] for part in tokens.parts} for tokens in (training, validation)]
+    assert not files[0] & files[1]
+    assert all(path.suffix == ".py" and "site-packages" not in path.parts for path in files[0] | files[1])
+    assert 0.02 < len(validation) / (len(training) + len(validation)) < 0.1   # a twentieth of the files, not of bytes
+
+
+def test_the_default_corpus_is_read_window_by_window(monkeypatch):
+    training, _, vocab = train.open_data(None)
+    sizes, original = [], np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: sizes.append(k["shape"][0]) or original(*a, **k))
+    train.Batches(training, config(), vocab, "training").step(0, 0, CPU)
+    assert len(sizes) >= 64 + 2   # 64 windows are looked at in the beginning, a batch has 2
+    assert max(sizes) <= 17       # 16 tokens and the one after
+
+
+def test_a_run_on_token_files_ends_with_a_sample_however_short_the_sequence(tiny, tmp_path):
+    write_tokens(tmp_path / "train.bin", [1, 2, 3, 4] * 50)
+    write_tokens(tmp_path / "val.bin", [1, 2, 3, 4] * 3)
+    assert run(tiny(f"--data {tmp_path} --fp8 none --seq 8 --steps 1"))["steps"] == 1
+
+
+# -----------------------------------------------------------------------------
+# Loss and gradients that are not finite
+
+POISONED = "blocks.1.ffn.down"
+
+
+@pytest.mark.parametrize("recipe", ["none", "moss"])
+def test_a_step_with_a_nan_gradient_is_skipped_and_counted(recipe, tiny, monkeypatch, no_sample):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", {2})
+    states = record_states(monkeypatch)   # after steps 1 to 4
+    summary = run(tiny(f"--fp8 {recipe} --eval_every 1"))
+    for part in ("model", "scales"):
+        assert same(states[2][part], states[1][part]), part
+    assert same(states[2]["optimizer"]["state"], states[1]["optimizer"]["state"])
+    for before, after in ((0, 1), (2, 3)):
+        assert not same(states[before]["model"], states[after]["model"])
+    assert [state["skipped"] for state in states] == [0, 0, 1, 1]
+    assert [state["updates"] for state in states] == [1, 2, 2, 3]
+    assert summary["skipped_steps"] == 1
+
+
+def test_an_infinite_loss_is_skipped_too(tiny, monkeypatch, no_sample):
+    original, calls = Transformer.forward, itertools.count()
+
+    def forward(self, tokens, targets=None):   # call 0 is the evaluation before the first step
+        return original(self, tokens, targets) * (math.inf if next(calls) == 1 else 1)
+    monkeypatch.setattr(Transformer, "forward", forward)
+    states = record_states(monkeypatch)
+    assert run(tiny("--fp8 none"))["skipped_steps"] == 1
+    assert all(weight.isfinite().all() for weight in states[-1]["model"].values())
+
+
+def test_skips_that_are_not_in_a_row_do_not_stop_the_run(tiny, monkeypatch, no_sample):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", {0, 1, 3, 4})
+    record_states(monkeypatch)
+    assert run(tiny("--fp8 none --steps 6 --max_skips 3"))["skipped_steps"] == 4
+
+
+def assert_stops(command, words, capsys):
+    """Exit code 1 and one line on stderr."""
+    assert train.main(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_run_whose_outputs_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
+    on_model(monkeypatch, lambda model: model.blocks[1].ffn.down.register_forward_hook(lambda _, __, y: y * math.nan))
+    assert_stops(tiny("--fp8 moss --max_skips 3"), ["3 steps in a row", f"the output of {POISONED}"], capsys)
+
+
+def test_a_run_whose_gradients_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", ALWAYS)
+    assert_stops(tiny("--fp8 none --max_skips 3"), ["3 steps in a row", f"the gradient of {POISONED}.weight"], capsys)
+
+
+def test_a_run_that_stops_leaves_its_last_good_checkpoint_and_names_it(tiny, tmp_path, monkeypatch, capsys):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", range(2, 10**6))
+    assert_stops(tiny("--fp8 none --steps 9 --max_skips 3 --eval_every 2"), [str(tmp_path / "out" / "ckpt.pt")], capsys)
+    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "out")["model"].values())
+
+
+def test_a_run_that_never_saved_names_no_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", ALWAYS)
+    assert train.main(tiny("--fp8 none --max_skips 2 --eval_every 4")) == 1
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+    assert "ckpt.pt" not in capsys.readouterr().err
+
+
+def poisoned_model(recipe, weight_value):
+    """nano with one value of a weight replaced, and a batch for it."""
+    torch.manual_seed(0)
+    net = Transformer(dataclasses.replace(PRESETS["nano"], seq=16), recipe)
+    layer = dict(net.named_modules())[POISONED]
+    with torch.no_grad():
+        layer.weight[3, 5] = layer.weight[3, 5] if weight_value is None else weight_value
+    c = config(fp8=recipe)
+    train.requantize(net, train.make_scales(net, train.make_optimizer(net, c), c))
+    return net, torch.randint(256, (2, 16)), torch.randint(256, (2, 16))
+
+
+@for_recipes
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_layer_whose_output_is_not_finite_is_found(recipe, value):
+    assert train.first_non_finite(*poisoned_model(recipe, value)) == f"the output of {POISONED}"
+
+
+@pytest.mark.parametrize("recipe", ["none", "moss"])
+def test_a_gradient_that_alone_is_not_finite_is_found(recipe):
+    net, tokens, targets = poisoned_model(recipe, None)
+    net(tokens, targets).backward()
+    assert train.first_non_finite(net, tokens, targets) == "the loss"   # nothing to find: all is finite
+    dict(net.named_modules())[POISONED].weight.grad[0, 0] = math.nan
+    assert train.first_non_finite(net, tokens, targets) == f"the gradient of {POISONED}.weight"
+
+
+# -----------------------------------------------------------------------------
+# The log, the schedule, evaluations
+
+
+def test_the_log_has_a_json_object_per_line(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 none --steps 6 --log_every 2 --eval_every 3"))
+    records = read_log(tmp_path / "out")
+    assert [record["step"] for record in records] == [2, 3, 4, 6]
+    for record in records:
+        assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"} <= record.keys()
+        assert record["tokens_per_s"] > 0
+    assert [record["step"] for record in records if "val_loss" in record] == [3, 6]
+
+
+def test_the_summary_is_the_end_of_the_log(tiny, tmp_path, no_sample):
+    summary, last = run(tiny("--fp8 none")), read_log(tmp_path / "out")[-1]
+    assert summary["train_loss"] == round(last["loss"], 4)
+    assert summary["val_loss"] == round(last["val_loss"], 4)
+    assert summary["tokens"] == 4 * 2 * 16   # steps x sequences x tokens
+
+
+def test_the_log_shows_how_healthy_the_scales_of_moss_are(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 moss --steps 6 --rescale_interval 4"))
+    for record in read_log(tmp_path / "out"):
+        assert record["scale_ratio"] >= record["scale_ratio_min"] >= 1   # no weight outgrows its predicted scale
+        assert record["saturated"] == 0                                  # rule "up": no activation is cut off
+        assert 0 <= record["folded"] < 0.05                              # measured 0.0003 to 0.001
+
+
+def test_the_scales_of_moss_are_exact_after_a_true_rescale(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 moss --steps 6 --rescale_interval 4"))
+    ratio = {record["step"]: record["scale_ratio"] for record in read_log(tmp_path / "out")}
+    assert ratio[1] == ratio[5] == 1   # seen before the update of the step: of steps 0 and 4
+    assert ratio[4] > ratio[3] > ratio[2] > 1
+
+
+def test_the_log_stays_json_where_a_number_is_not_finite(tiny, tmp_path, monkeypatch, no_sample):
+    poison_gradient(monkeypatch, f"{POISONED}.weight", {1})
+    run(tiny("--fp8 none"))
+    for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)   # called for NaN and Infinity, which JSON does not know
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_falls_along_a_cosine_to_a_tenth():
+    c = config(steps=110, warmup=10, lr=2.0)
+    rates = [train.learning_rate(step, c) for step in range(111)]
+    assert rates[0] == pytest.approx(2 / 11)   # warm-up begins above zero: no step is wasted
+    assert np.diff(rates[:11]) == pytest.approx(2 / 11)
+    assert rates[10] == max(rates) == 2.0
+    assert rates[60] == pytest.approx((2.0 + 0.2) / 2)
+    assert all(np.diff(rates[10:]) < 0)
+    assert rates[110] == pytest.approx(0.2)
+
+
+def test_without_warm_up_the_first_step_has_the_peak_learning_rate():
+    assert train.learning_rate(0, config(steps=100, warmup=0, lr=2.0)) == 2.0
+
+
+def test_the_optimizer_gets_the_scheduled_learning_rate(tiny, tmp_path, no_sample):
+    command = tiny("--fp8 none --steps 6 --warmup 2")
+    run(command)
+    c = train.resolve(train.parse_config(command), CPU, 1)
+    assert [record["lr"] for record in read_log(tmp_path / "out")] == [train.learning_rate(i, c) for i in range(6)]
+    assert {group["lr"] for group in checkpoint(tmp_path / "out")["optimizer"]["param_groups"]} == \
+        {train.learning_rate(5, c)}
+
+
+def test_weight_decay_spares_the_norms():
+    net = Transformer(PRESETS["nano"], "none")
+    decayed, spared = train.make_optimizer(net, config(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    norms = {id(p) for name, p in net.named_parameters() if "norm" in name}
+    assert {id(p) for p in spared["params"]} == norms
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
+def test_weights_are_quantised_once_per_optimizer_step(recipe, tiny, monkeypatch, no_sample):
+    calls, original = [], model.quantize_weight
+    monkeypatch.setattr(model, "quantize_weight", lambda *a: calls.append(0) or original(*a))
+    run(tiny(f"--fp8 {recipe} --steps 3 --accum 4"))
+    assert len(calls) == (1 + 3) * LAYERS   # at the start, and after each step; not per micro-batch or evaluation
+
+
+@pytest.mark.parametrize("recipe", ["none", "moss"])
+def test_an_evaluation_gives_the_same_number_twice(recipe):
+    training, validation, vocab = train.open_data(str(ROOT / "train.py"))
+    net = poisoned_model(recipe, None)[0]
+    batches = train.Batches(validation, config(fp8=recipe, eval_batches=3), vocab, "validation")
+    random_state = torch.get_rng_state()
+    first, second = (train.evaluate(net, batches, train.Ranks(0, 1, CPU)) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_evaluating_more_often_changes_no_weight(tiny, monkeypatch, no_sample):
+    states = record_states(monkeypatch)
+    run(tiny("--fp8 moss --eval_every 1"))
+    run(tiny("--fp8 moss --eval_every 4"))
+    assert len(states) == 5   # one run saved 4 times, the other once
+    assert same(states[3]["model"], states[4]["model"])
+
+
+def test_watching_the_scales_changes_no_weight(tiny, monkeypatch, no_sample):
+    states = record_states(monkeypatch)
+    for log_every in (1, 4):
+        run(tiny(f"--fp8 moss --eval_every 4 --log_every {log_every}"))
+    assert same(states[0]["model"], states[1]["model"])
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def test_help_shows_every_option_with_its_help_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    shown = "".join(capsys.readouterr().out.split())   # argparse breaks lines, also at hyphens
+    for field in dataclasses.fields(train.Config):
+        assert f"--{field.name}" in shown
+        assert "".join(field.metadata["help"].split()) in shown, field.name
+        if field.default is not None and field.default is not False:
+            assert f"(default:{field.default})" in shown
+
+
+def test_every_preset_has_defaults_that_every_recipe_can_run():
+    assert train.DEFAULTS.keys() == PRESETS.keys()
+    for preset, recipe in itertools.product(PRESETS, RECIPES):
+        c = train.resolve(train.Config(model=preset, fp8=recipe), CPU, 1)
+        assert None not in [getattr(c, name) for name in ("steps", "batch", "accum", "seq", "lr", "warmup")]
+
+
+def test_the_resolved_configuration_is_printed_and_saved(tiny, tmp_path, no_sample, capsys):
+    run(tiny("--fp8 none --steps 2"))
+    printed, saved = capsys.readouterr().out, checkpoint(tmp_path / "out")["config"]
+    assert saved.keys() == {field.name for field in dataclasses.fields(train.Config)}
+    for name, value in saved.items():
+        assert f"{name}={value}" in printed
+    assert saved["lr"] == train.DEFAULTS["nano"]["lr"]   # not given above
