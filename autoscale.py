@@ -27,7 +27,13 @@ import torch
 from torch.utils.benchmark import Timer
 
 from fp8_formats import E4M3, cast
-from microscale import MIN_SCALE
+from microscale import ALL, HAS_TRITON, MIN_SCALE, has_fp8_tensor_cores, quantize, sqnr, transpose
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from microscale import INTERPRETED, to_fp8
 
 # Room for FP32 rounding (unit u = 2^-24), so that the bound holds for the weights and scales as computed.
 # A weight and its scale are rounded at most 7 times a step between them (decay factor, product, sum; the
@@ -108,7 +114,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """
     name = type(optimizer).__name__
     fix = "use torch.optim.AdamW with usual settings, or WeightScales(..., mode='current')"
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):  # a subclass may step differently
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, FP8AdamW):  # a subclass may step differently
         raise ValueError(f"{name}: weight scales are predicted from the bound on Adam's update; {fix}")
     for group in optimizer.param_groups:
         (beta1, beta2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
@@ -168,6 +174,10 @@ class WeightScales:
         """scale / true_scale, (n,). Below 1 the largest weights saturate, above 1 the top codes go unused."""
         return self.scale / self.true_scale()
 
+    def measures(self, step: int) -> bool:
+        """Whether update() at this step reads the new weights: then it has to come after them, else it may precede."""
+        return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
+
     def anchor(self) -> None:
         """Set every scale to the true one and forget the history, at the start or after loading other weights."""
         self.scale.copy_(self.true_scale())
@@ -185,7 +195,7 @@ class WeightScales:
         elif self.mode == "delayed":
             self.scale.copy_(self.scale_history.amax(dim=0))
             self.scale_history[step % len(self.scale_history)] = self.true_scale()
-        elif self.interval > 0 and step % self.interval == 0:
+        elif self.measures(step):
             self.anchor()
         else:
             decay = abs(1 - lr * weight_decay) * WEIGHT_SLACK
@@ -204,6 +214,102 @@ class WeightScales:
                              "WeightScales as it was when saved, or do not load and call anchor() instead")
         self.scale.copy_(state["scale"])
         self.scale_history.copy_(state["scale_history"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The optimizer that writes FP8 weights
+
+class FP8AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW that, on a GPU with FP8 tensor cores, also writes the FP8 copies of some weights.
+
+    Because the scale of the new weight is known before the new weight is, one pass over memory does it all: read
+    p, g, m, v; write p, m, v, and W and W^T in FP8: 30 bytes per parameter. A scale that has to be measured needs
+    the finished weight first, and so a second pass to find it and a third to quantise, 10 bytes more.
+
+    groups   of parameters, as for AdamW; weights of layers share no group with others
+    layers   objects with `weight` (N, K) FP32 and its FP8 copies `w` (N, K) and `w_t` (K, N), Quantized, whose scale
+             is a view of WeightScales.scale; that has to hold the scale of the new weights when step() is called
+
+    State and results are those of AdamW (to rounding). Elsewhere it is AdamW alone and writes no copies.
+    """
+
+    def __init__(self, groups, layers, **options):
+        super().__init__(groups, **options)
+        self.layers = [layer for layer in layers if has_fp8_tensor_cores(layer.weight.device)]
+        ours = {layer.weight for layer in self.layers}
+        for group in self.param_groups:
+            count = sum(p in ours for p in group["params"])
+            if 0 < count < len(group["params"]):
+                raise ValueError(f"a group of {len(group['params'])} parameters holds {count} weights with FP8 copies: "
+                                 "put those into a group of their own")
+            if count:   # so that the step count, which the kernel's arguments depend on, stays on the host
+                group["fused"] = False
+
+    @torch.no_grad()
+    def step(self):
+        copies = {layer.weight: (layer.w, layer.w_t) for layer in self.layers}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in copies and p.grad is not None:
+                    self.step_with_copies(p, *copies[p], group)
+                    p.grad = None   # done: nothing is left for AdamW
+        super().step()
+
+    def step_with_copies(self, p, w, w_t, group):
+        state = self.state[p]
+        if not state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        adamw_triton(p, p.grad, state["exp_avg"], state["exp_avg_sq"], w.data, w_t.data, w.scale, group["lr"],
+                     group["betas"], group["eps"], group["weight_decay"], int(state["step"]))
+
+
+def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
+    """One AdamW step on p (N, K) in place, as torch.optim.AdamW does it; then w (N, K), w_t (K, N) = E4M3(p / scale).
+
+        m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)         m_hat, v_hat: divided by 1 - beta^step
+    """
+    beta1, beta2 = betas
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.mul_(1 - lr * weight_decay)
+    p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
+    w.copy_(cast(p / scale, E4M3))
+    w_t.copy_(w.t())
+
+
+if HAS_TRITON:
+    @triton.jit
+    def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, N, K, decay, one_minus_beta1, beta2,
+                      one_minus_beta2, v_root_correction, eps, step_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      INTERPRETED: tl.constexpr):
+        """`adamw_reference` on one tile: every number is read once and written once."""
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        at = n[:, None] * K + k[None, :]
+        p = tl.load(p_ptr + at, mask=inside, other=0.0)
+        g = tl.load(g_ptr + at, mask=inside, other=0.0)
+        m = tl.load(m_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        m += one_minus_beta1 * (g - m)
+        v = beta2 * v + one_minus_beta2 * g * g
+        p = p * decay - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), v_root_correction) + eps)
+        tl.store(p_ptr + at, p, mask=inside)
+        tl.store(m_ptr + at, m, mask=inside)
+        tl.store(v_ptr + at, v, mask=inside)
+        w = to_fp8(tl.div_rn(p, tl.load(scale_ptr)), True, INTERPRETED)
+        tl.store(w_ptr + at, w, mask=inside)
+        tl.store(w_t_ptr + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
+
+    def adamw_triton(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
+        """`adamw_reference` in one pass over memory. All tensors contiguous."""
+        (N, K), (beta1, beta2) = p.shape, betas
+        grid = (triton.cdiv(N, 128), triton.cdiv(K, 32))
+        _adamw_kernel[grid](p, g, m, v, w, w_t, scale, N, K, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2,
+                            math.sqrt(1 - beta2**step), eps, lr / (1 - beta1**step), BLOCK_N=128, BLOCK_K=32,
+                            INTERPRETED=INTERPRETED, num_warps=8)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -271,9 +377,8 @@ def print_headroom_cost():
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     for bits in (0, 1, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14):
         scale = WeightScales([weight]).scale * 2**bits
-        error = cast(weight / scale, E4M3).float() * scale - weight
-        sqnr = 10 * math.log10(weight.square().sum().item() / error.square().sum().item())
-        print(f"   {bits:14}{sqnr:10.2f}{((weight / scale).abs() < 2**-6).float().mean().item():14.1%}")
+        approximation = cast(weight / scale, E4M3).float() * scale
+        print(f"   {bits:14}{sqnr(weight, approximation):10.2f}{((weight / scale).abs() < 2**-6).float().mean().item():14.1%}")
     print("-> Free for about 10 bits, because E4M3 carries its own exponent. Once most weights are subnormal, a bit\n"
           "   costs 6 dB. (An outlier 2^k times the other weights has spent k of these bits already.)\n")
 
@@ -292,7 +397,31 @@ def print_timing():
             result = timer.blocked_autorange(min_run_time=0.3)
             line += f"{result.median * 1e6:12.1f} ± {result.iqr * 1e6:<5.1f}"
         print(line)
-    print("-> A prediction costs the same for any size and number of weights; an amax reads them all.")
+    print("-> A prediction costs the same for any size and number of weights; an amax reads them all.\n")
+
+
+def print_optimizer_timing():
+    """On a GPU: FP8AdamW's kernel against what a measured scale needs, AdamW (fused), amax, cast and transpose."""
+    from triton.testing import do_bench
+    print("5. One AdamW step that leaves FP8 W and W^T, ms (median)\n")
+    print("   weight             one pass   TB/s   AdamW alone   AdamW, amax, cast, transpose")
+    for N, K in ((4096, 4096), (22016, 4096), (11008, 16384)):
+        p, g, m = (torch.randn(N, K, device="cuda") for _ in range(3))
+        v, scale = torch.rand(N, K, device="cuda"), torch.full((1, 1), 0.01, device="cuda")
+        w, w_t = (torch.empty(shape, device="cuda", dtype=E4M3.dtype) for shape in ((N, K), (K, N)))
+        once = do_bench(lambda: adamw_triton(p, g, m, v, w, w_t, scale, 1e-3, (0.9, 0.95), 1e-8, 0.1, 10),
+                        return_mode="median")
+        p.grad = g
+        optimizer = torch.optim.AdamW([p], lr=1e-3, fused=True)
+        scales = WeightScales([p], "current")
+
+        def in_passes():
+            optimizer.step()
+            scales.update(1e-3, (0.9, 0.95), 0.1, 1)
+            transpose(quantize(p, E4M3, (ALL, ALL), "fp32", scales.scale.view(1, 1)).data)
+        alone, passes = (do_bench(f, return_mode="median") for f in (optimizer.step, in_passes))
+        print(f"   {N:5} x {K:5}{once:16.3f}{30e-9 * N * K / once:7.2f}{alone:14.3f}{passes:17.3f}")
+    print("-> The scale is known before the weight, so the FP8 copies ride along with the update.\n")
 
 
 def plot_prediction(rows, path):
@@ -325,3 +454,5 @@ if __name__ == "__main__":
         plot_prediction(rows, args.plot)
     print_headroom_cost()
     print_timing()
+    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+        print_optimizer_timing()

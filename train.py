@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from autoscale import WeightScales, check_optimizer
+from autoscale import FP8AdamW, WeightScales, check_optimizer
 from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
 from model import PRESETS, Linear, Transformer, flops_per_token
 
@@ -442,11 +442,17 @@ def learning_rate(step, c):
 
 
 def make_optimizer(model, c):
-    """AdamW; weight decay on matrices, not on norms."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=parameters[0].is_cuda)
+    """AdamW in the same groups under every recipe: quantised weights, other matrices, and norms without decay."""
+    quantised = [layer.weight for layer in model.linears()]
+    others = [p for p in model.parameters() if not any(p is q for q in quantised)]
+    groups = [{"params": quantised, "weight_decay": c.weight_decay},
+              {"params": [p for p in others if p.dim() >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=quantised[0].is_cuda)
+    if model.recipe and model.recipe.weight_scale == "predicted":
+        return FP8AdamW(groups, model.linears(), **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def make_scales(model, optimizer, c):
@@ -462,9 +468,25 @@ def make_scales(model, optimizer, c):
 
 
 def requantize(model, scales):
-    """New FP8 copies of all weights: once after each optimizer step, not once per micro-batch."""
+    """New FP8 copies of all weights."""
     for i, layer in enumerate(model.linears()):
         layer.requantize(None if scales is None else scales.scale[i])
+
+
+def update_weights(optimizer, model, scales, lr, update, c):
+    """Optimizer step number `update`, from 1, and then the FP8 copies: once per step, not once per micro-batch.
+
+    A scale that is predicted is there before the step, and FP8AdamW writes the copies along with the weights. One that
+    is measured, at each step or once in --rescale_interval, has to wait for the weights, and so have the copies.
+    """
+    predicted = scales is not None and not scales.measures(update)
+    if predicted:
+        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
+    optimizer.step()
+    if scales and not predicted:
+        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
+    if not predicted or not optimizer.layers:
+        requantize(model, scales)
 
 
 @torch.no_grad()
@@ -585,9 +607,12 @@ def build(c, device):
 
 
 def restore(state, model, optimizer, scales, c, say):
-    """Puts a checkpoint back. Scales come with it bit for bit, or are measured if the recipe is another one now."""
+    """Puts a checkpoint back. Scales come with it bit for bit, or are measured if the recipe is another one now.
+
+    Of the optimizer only the moments and step counts are taken: its settings are those of this run.
+    """
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     if scales and state["config"]["fp8"] == c.fp8:
         scales.load_state_dict(state["scales"])
     elif scales:
@@ -684,11 +709,8 @@ def train(config):
 
             if math.isfinite(loss) and math.isfinite(norm_value):
                 torch.nn.utils.clip_grads_with_norm_(parameters, c.clip, norm)
-                optimizer.step()
                 updates, in_a_row = updates + 1, 0
-                if scales:
-                    scales.update(lr, (c.beta1, c.beta2), c.weight_decay, updates)
-                requantize(model, scales)
+                update_weights(optimizer, model, scales, lr, updates, c)
             else:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")

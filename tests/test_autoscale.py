@@ -10,13 +10,17 @@ import pytest
 import torch
 
 import autoscale
-from autoscale import (MIN_SCALE, WeightScales, adam_update_bound, adamw_update, check_optimizer, geometric_sum,
-                       worst_case_gradients)
+from autoscale import (MIN_SCALE, FP8AdamW, WeightScales, adam_update_bound, adamw_update, check_optimizer,
+                       geometric_sum, worst_case_gradients)
+from conftest import DEVICE
+from fp8_formats import E4M3, cast
+from microscale import HAS_TRITON, RECIPES, quantize_weight
 
 BETAS = [(0.9, 0.95), (0.9, 0.999), (0.95, 0.95), (0.0, 0.99), (0.9, 0.81), (0.95, 0.9)]
 SHAPES = [(7, 5), (1, 1), (33,), (2, 3, 4)]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 for_betas = pytest.mark.parametrize("betas", BETAS, ids=str)
 for_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -470,3 +474,126 @@ def test_the_tables_show_what_they_claim(capsys):
     assert "1.162   1.165   1.165             1.165" in printed  # betas (0.9, 0.95): bound, limit, and AdamW itself
     assert "Predicted: too small in 0 of 60 steps" in printed
     assert printed.count("->") == 3
+
+
+# -----------------------------------------------------------------------------
+# The optimizer that writes FP8 weights
+
+
+class Layer:
+    """What FP8AdamW asks of a layer."""
+
+    def __init__(self, shape, device, scale):
+        self.weight = torch.nn.Parameter(0.02 * torch.randn(shape, device=device))
+        self.w, self.w_t = quantize_weight(self.weight.detach(), RECIPES["moss"], scale)
+
+
+def adamw_state(shape, device):
+    """p, g, m, v of a weight in the middle of training, and room for its FP8 copies."""
+    torch.manual_seed(0)
+    p, g, m = (0.02 * torch.randn(shape, device=device), torch.randn(shape, device=device),
+               0.1 * torch.randn(shape, device=device))
+    v = torch.rand(shape, device=device) ** 4
+    w, w_t = (torch.empty(s, device=device).to(torch.float8_e4m3fn) for s in (shape, shape[::-1]))
+    return p, g, m, v, w, w_t
+
+
+SETTINGS = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=7)
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (128, 64), (130, 33), (1, 1), (300, 17)], ids=str)
+def test_reference_step_is_that_of_torch_adamw(shape):
+    p, g, m, v, w, w_t = adamw_state(shape, "cpu")
+    theirs = torch.nn.Parameter(p.clone())
+    optimizer = torch.optim.AdamW([theirs], **{k: SETTINGS[k] for k in ("lr", "betas", "eps", "weight_decay")})
+    theirs.grad = g.clone()
+    optimizer.state[theirs] = {"step": torch.tensor(6.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimizer.step()
+    autoscale.adamw_reference(p, g, m, v, w, w_t, torch.tensor([[1e-4]]), **SETTINGS)
+    for ours, name in ((m, "exp_avg"), (v, "exp_avg_sq")):
+        assert torch.equal(ours, optimizer.state[theirs][name]), name
+    assert torch.equal(p, theirs.detach())
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(16, 32), (128, 64), (130, 33), (1, 1), (300, 17)], ids=str)
+def test_kernel_equals_the_reference_to_rounding_on_ragged_shapes(shape):
+    scale = torch.full((1, 1), 1e-4, device=DEVICE)
+    ours, reference = adamw_state(shape, DEVICE), adamw_state(shape, DEVICE)
+    autoscale.adamw_triton(*ours, scale, **SETTINGS)
+    autoscale.adamw_reference(*reference, scale, **SETTINGS)
+    for name, a, b in zip("pmv", (ours[0], *ours[2:4]), (reference[0], *reference[2:4])):
+        # a GPU contracts a product and a sum into one rounding: 2 of 2^-24 of the largest term
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * b.abs().max().item(), msg=name)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(128, 64), (130, 33)], ids=str)
+def test_kernel_writes_exactly_the_fp8_numbers_of_the_weight_it_wrote(shape):
+    p, g, m, v, w, w_t = adamw_state(shape, DEVICE)
+    scale = (p.abs().max() / 448 * 0.9).view(1, 1)   # too small: the largest weights saturate, they do not turn NaN
+    autoscale.adamw_triton(p, g, m, v, w, w_t, scale, **SETTINGS)
+    assert torch.equal(w.view(torch.uint8), cast(p / scale, E4M3).view(torch.uint8))
+    assert torch.equal(w_t.view(torch.uint8), w.view(torch.uint8).t())
+
+
+def run_fp8_adamw(device, steps=20, restart_at=None):
+    """A layer and a plain parameter trained by FP8AdamW with a predicted scale -> (weights, FP8 copies, scales)."""
+    torch.manual_seed(0)
+    layer = Layer((48, 80), device, torch.full((1, 1), 1e-3, device=device))
+    other = torch.nn.Parameter(torch.randn(33, device=device))
+    scales = WeightScales([layer.weight], interval=8)
+    layer.w, layer.w_t = quantize_weight(layer.weight.detach(), RECIPES["moss"], scales.scale[0].view(1, 1))
+
+    def make():
+        groups = [{"params": [layer.weight], "weight_decay": 0.1}, {"params": [other], "weight_decay": 0.0}]
+        return FP8AdamW(groups, [layer], lr=1e-2, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = make()
+    for step in range(1, steps + 1):
+        if step == restart_at:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = make()
+            optimizer.load_state_dict(state)
+        for p in (layer.weight, other):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        predicted = not scales.measures(step)
+        if predicted:
+            scales.update(1e-2, (0.9, 0.95), 0.1, step)
+        optimizer.step()
+        if not predicted:
+            scales.update(1e-2, (0.9, 0.95), 0.1, step)
+        if not predicted or not optimizer.layers:
+            layer.w, layer.w_t = quantize_weight(layer.weight.detach(), RECIPES["moss"], scales.scale[0].view(1, 1))
+    return layer.weight.detach(), other.detach(), layer.w, layer.w_t, scales
+
+
+@for_devices
+def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(device):
+    weight, other, w, w_t, scales = run_fp8_adamw(device)
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(0.02 * torch.randn(48, 80, device=device)), torch.nn.Parameter(torch.randn(33, device=device))]
+    optimizer = torch.optim.AdamW([{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}],
+                                  lr=1e-2, betas=(0.9, 0.95))
+    for step in range(1, 21):
+        for p in theirs:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        optimizer.step()
+    for a, b in zip((weight, other), theirs):   # 20 steps of a few roundings of 2^-24 each
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(w.scale.view(1), scales.scale) and scales.headroom() >= 1
+    assert torch.equal(w.data.view(torch.uint8), cast(weight / scales.scale, E4M3).view(torch.uint8))
+    assert torch.equal(w_t.data.view(torch.uint8), w.data.view(torch.uint8).t())
+
+
+@pytest.mark.gpu
+def test_fp8_adamw_refuses_a_group_that_mixes_weights_with_and_without_copies():
+    layer = Layer((16, 16), "cuda", torch.ones(1, 1, device="cuda"))
+    with pytest.raises(ValueError, match="group of 2 parameters holds 1 .* group of their own"):
+        FP8AdamW([layer.weight, torch.nn.Parameter(torch.ones(3, device="cuda"))], [layer])
+
+
+@for_devices
+def test_fp8_adamw_goes_on_from_its_state_bit_for_bit(device):
+    straight, resumed = run_fp8_adamw(device), run_fp8_adamw(device, restart_at=11)
+    assert torch.equal(straight[0], resumed[0]) and torch.equal(straight[1], resumed[1])
+    assert torch.equal(straight[2].data.view(torch.uint8), resumed[2].data.view(torch.uint8))

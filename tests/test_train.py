@@ -346,6 +346,20 @@ def test_a_checkpoint_goes_on_under_another_recipe_and_says_so(tiny, tmp_path, m
     assert checkpoint(tmp_path / "out")["scales"]["scale"].shape == (LAYERS,)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("first, then", [("moss", "none"), ("none", "moss"), ("tensor", "moss"), ("moss", "moss")])
+def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_path, monkeypatch, no_sample):
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(tiny(f"--device cuda --fp8 {first}")) is None
+    summary = run(tiny(f"--device cuda --fp8 {then} --resume"))
+    assert summary["steps"] == 4 and math.isfinite(summary["val_loss"])
+    if first == then:
+        straight = run(tiny(f"--device cuda --fp8 {first}", out="straight"))
+        assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "straight")["model"])
+        assert summary["val_loss"] == straight["val_loss"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_saves_and_exits_0(number, tiny, tmp_path, monkeypatch, capsys):
     do_at_step(monkeypatch, 2, lambda: signal.raise_signal(number))
@@ -880,11 +894,11 @@ def test_the_optimizer_gets_the_scheduled_learning_rate(tiny, tmp_path, no_sampl
 
 def test_weight_decay_spares_the_norms():
     net = Transformer(PRESETS["nano"], "none")
-    decayed, spared = train.make_optimizer(net, config(weight_decay=0.3)).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    *decayed, spared = train.make_optimizer(net, config(weight_decay=0.3)).param_groups
+    assert {group["weight_decay"] for group in decayed} == {0.3} and spared["weight_decay"] == 0.0
     norms = {id(p) for name, p in net.named_parameters() if "norm" in name}
     assert {id(p) for p in spared["params"]} == norms
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
+    assert sum(len(group["params"]) for group in (*decayed, spared)) == len(list(net.parameters()))
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
