@@ -378,7 +378,8 @@ def print_headroom_cost():
     for bits in (0, 1, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14):
         scale = WeightScales([weight]).scale * 2**bits
         approximation = cast(weight / scale, E4M3).float() * scale
-        print(f"   {bits:14}{sqnr(weight, approximation):10.2f}{((weight / scale).abs() < 2**-6).float().mean().item():14.1%}")
+        subnormal = ((weight / scale).abs() < E4M3.min_normal).float().mean().item()
+        print(f"   {bits:14}{sqnr(weight, approximation):10.2f}{subnormal:14.1%}")
     print("-> Free for about 10 bits, because E4M3 carries its own exponent. Once most weights are subnormal, a bit\n"
           "   costs 6 dB. (An outlier 2^k times the other weights has spent k of these bits already.)\n")
 

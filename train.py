@@ -8,7 +8,7 @@ Trains a language model in FP8.
     python train.py --resume                           # go on from out/ckpt.pt
 
 Options are the fields of Config below; `--help` lists them. Runs that differ in `--fp8` alone see the same data in
-the same order from the same initial weights, on any number of GPUs.
+the same order from the same initial weights; with the same `--accum`, so do runs on any number of GPUs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
-from model import PRESETS, Linear, Transformer, flops_per_token
+from model import PRESETS, Transformer, flops_per_token
 
 
 class UserError(Exception):
@@ -245,13 +245,16 @@ def open_data(source):
     parts = [token_file(p) for p in files]
     dtypes = {dtype for _, dtype in parts}
     if len(dtypes) > 1:
-        raise UserError(f"--data {root} mixes {' and '.join(sorted(map(str, dtypes)))} tokens: keep one kind per folder")
+        kinds = " and ".join(sorted(map(str, dtypes)))
+        raise UserError(f"--data {root} mixes {kinds} tokens: keep one kind per folder")
     if sum(count for (_, _, count), _ in parts) == 0:
         raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
     dtype = dtypes.pop()
     everything = Tokens([part for part, _ in parts], dtype)
     names = [p.relative_to(root).as_posix() if root.is_dir() else p.name for p in files]
-    chosen = {p for p, name in zip(files, names) if dtype != np.uint8 and re.search(r"\bval(idation)?\b", name.replace("_", " "))}
+    chosen = set()
+    if dtype != np.uint8:
+        chosen = {p for p, name in zip(files, names) if re.search(r"\bval(idation)?\b", name.replace("_", " "))}
     if not chosen and len(files) >= 40:
         chosen = {p for p, name in zip(files, names) if zlib.crc32(name.encode()) % 20 == 0}
     if chosen:
@@ -559,14 +562,18 @@ def progress_line(record, c, seconds_left):
 
 def json_line(record):
     """JSON knows no NaN and no Infinity: null stands for both."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + "\n"
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
 
 
 @torch.no_grad()
 def sample(model, batches, device, seed, count=200):
-    """Text (or token ids) that the trained model continues from the start of the validation data."""
+    """What the model writes: text after "def ", or token ids after the first ones of the validation data."""
     is_text = batches.tokens.dtype == np.uint8
-    prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64) if is_text else batches.tokens.read(0, min(16, len(batches.tokens)))
+    if is_text:
+        prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64)
+    else:
+        prompt = batches.tokens.read(0, min(16, len(batches.tokens)))
     generator = torch.Generator(device).manual_seed(seed)
     tokens = model.generate(torch.from_numpy(prompt)[None].to(device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
@@ -594,7 +601,10 @@ class StopSignal:
 
 def build(c, device):
     """(model, training and validation Batches). All that can be wrong with data and shapes is found here."""
-    train_tokens, val_tokens, vocab = open_data(c.data)
+    try:
+        train_tokens, val_tokens, vocab = open_data(c.data)
+    except OSError as e:
+        raise UserError(f"--data: {e.filename} cannot be read ({e.strerror}): check its permissions") from None
     torch.manual_seed(c.seed)
     try:
         model_config = dataclasses.replace(PRESETS[c.model], seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
@@ -612,7 +622,8 @@ def restore(state, model, optimizer, scales, c, say):
     Of the optimizer only the moments and step counts are taken: its settings are those of this run.
     """
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
     if scales and state["config"]["fp8"] == c.fp8:
         scales.load_state_dict(state["scales"])
     elif scales:
@@ -651,7 +662,8 @@ def train(config):
         state = load_checkpoint(checkpoint, model.config)
         step, updates, skipped = state["step"], state["updates"], state["skipped"]
         if step >= c.steps:
-            raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: raise --steps")
+            raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
+                            f"raise --steps")
         restore(state, model, optimizer, scales, c, say)
     requantize(model, scales)
 
@@ -665,7 +677,8 @@ def train(config):
         except OSError as e:
             raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
-    say(f"model   {c.model}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {model.config.vocab}")
+    parameters = list(model.parameters())
+    say(f"model   {c.model}: {sum(p.numel() for p in parameters):,} parameters, vocabulary {model.config.vocab}")
     say(f"data    {len(train_batches.tokens):,} training and {len(val_batches.tokens):,} validation tokens of "
         f"{c.data or 'the Python standard library'}")
     say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
@@ -676,7 +689,6 @@ def train(config):
     if ranks.world > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
-    parameters = list(model.parameters())
     tokens_per_step = c.accum * c.batch * c.seq
     flops_per_step = tokens_per_step * flops_per_token(model.config)
     peak = bf16_peak(device)
@@ -716,7 +728,7 @@ def train(config):
                 say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
                 if in_a_row >= c.max_skips:
                     first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
-                    saved = f"{checkpoint} holds the last saved state" if checkpoint.exists() else "nothing was saved yet"
+                    saved = f"{checkpoint} holds the last state" if checkpoint.exists() else "nothing was saved yet"
                     raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
                                    f"the data; {saved}")
             optimizer.zero_grad()

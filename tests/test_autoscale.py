@@ -571,9 +571,9 @@ def run_fp8_adamw(device, steps=20, restart_at=None):
 def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(device):
     weight, other, w, w_t, scales = run_fp8_adamw(device)
     torch.manual_seed(0)
-    theirs = [torch.nn.Parameter(0.02 * torch.randn(48, 80, device=device)), torch.nn.Parameter(torch.randn(33, device=device))]
-    optimizer = torch.optim.AdamW([{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}],
-                                  lr=1e-2, betas=(0.9, 0.95))
+    theirs = [torch.nn.Parameter(t) for t in (0.02 * torch.randn(48, 80, device=device), torch.randn(33, device=device))]
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     for step in range(1, 21):
         for p in theirs:
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(device)

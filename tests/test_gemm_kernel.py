@@ -34,7 +34,8 @@ def quantised_pair(M, N, K, variant, fmt_b=E4M3):
 def test_kernel_equals_float64_on_the_same_fp8_operands(variant, M, N, K, promote):
     a, b, exact = quantised_pair(M, N, K, variant)
     # the tensor core keeps about 14 bits of a running sum, which costs 5e-4 at K = 1040; the interpreter sums in FP32
-    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < (1e-3 if DEVICE == "cuda" else 1e-6)
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-6
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < tolerance
 
 
 @needs_triton
@@ -68,7 +69,8 @@ def test_promotion_holds_the_error_at_k_16384_that_fast_accumulation_loses():
 
 @needs_triton
 def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
-    a = Quantized(torch.zeros(4, 24, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(1, 1, device=DEVICE), (ALL, ALL))
+    data, scale = torch.zeros(4, 24, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(1, 1, device=DEVICE)
+    a = Quantized(data, scale, (ALL, ALL))
     with pytest.raises(ValueError, match="K = 24.*multiple of 16; pad"):
         gk.matmul_triton(a, a)
 

@@ -15,8 +15,9 @@ TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
 def make(config=TINY, fp8="none"):
     torch.manual_seed(0)
     model = Transformer(config, fp8)
+    by_tensor = model.recipe and model.recipe.weight_scale != "block"
     for layer in model.linears():
-        layer.requantize(layer.weight.abs().max() / 448 if model.recipe and model.recipe.weight_scale != "block" else None)
+        layer.requantize(layer.weight.abs().max() / 448 if by_tensor else None)
     return model
 
 
@@ -158,7 +159,8 @@ def test_widths_that_fp8_cannot_tile_are_refused_at_construction_by_layer_name()
     Transformer(dataclasses.replace(TINY, ffn=100), "none")
 
 
-@pytest.mark.parametrize("change, message", [({"d": 66}, "d = 66"), ({"kv_heads": 3}, "heads = 4"), ({"norm": "batch"}, "'batch'")])
+@pytest.mark.parametrize("change, message", [({"d": 66}, "d = 66"), ({"kv_heads": 3}, "heads = 4"),
+                                             ({"norm": "batch"}, "'batch'")])
 def test_impossible_shapes_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
