@@ -89,28 +89,26 @@ if HAS_TRITON:
             n = n0 + tl.arange(0, BLOCK_N)
 
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            if IN_LOOP:
-                b_groups = tl.cdiv(N, B_ROWS)
-                for k in range(k_tiles):
-                    a = a_desc.load([m0, k * BLOCK_K])
-                    b = b_desc.load([n0, k * BLOCK_K])
+            partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            b_groups = tl.cdiv(N, B_ROWS)
+            for k in range(k_tiles):
+                a = a_desc.load([m0, k * BLOCK_K])
+                b = b_desc.load([n0, k * BLOCK_K])
+                if IN_LOOP:
                     a_scale = tl.load(a_scale_ptr + k * M + m, mask=m < M, other=0.0)
                     b_scale = tl.load(b_scale_ptr + k * b_groups + n // B_ROWS, mask=n < N, other=0.0)
                     acc += tl.dot(a, b.T) * (a_scale[:, None] * b_scale[None, :])
-            elif PROMOTE:
-                for k0 in range(0, k_tiles, PROMOTE):
-                    partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                    for k in range(k0, k0 + PROMOTE):
-                        a = a_desc.load([m0, k * BLOCK_K])
-                        b = b_desc.load([n0, k * BLOCK_K])
-                        partial = tl.dot(a, b.T, partial)
-                    acc += partial
-            else:
-                for k in range(k_tiles):
-                    a = a_desc.load([m0, k * BLOCK_K])
-                    b = b_desc.load([n0, k * BLOCK_K])
-                    acc = tl.dot(a, b.T, acc)
+                else:
+                    partial = tl.dot(a, b.T, partial)
+                    if PROMOTE:
+                        if (k + 1) % PROMOTE == 0:
+                            acc += partial
+                            partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
+            if PROMOTE:
+                acc += partial
+            elif not IN_LOOP:
+                acc = partial
             if not IN_LOOP:
                 if A_PER_ROW:
                     acc *= (tl.load(a_scale_ptr + m, mask=m < M, other=0.0) * tl.load(b_scale_ptr))[:, None]
@@ -153,7 +151,7 @@ if HAS_TRITON:
             TensorDescriptor.from_tensor(a.data, [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]), c, *scales, M, N, K,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SMS=sms, IN_LOOP=in_loop, PROMOTE=8 if promote else 0,
-            A_PER_ROW=a.block[0] == 1, B_ROWS=b.block[0], FLATTEN=not promote and not in_loop,
+            A_PER_ROW=a.block[0] == 1, B_ROWS=max(b.block[0], 1), FLATTEN=not promote and not in_loop,
             num_warps=warps, num_stages=stages)
         return c
 

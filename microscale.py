@@ -1,7 +1,7 @@
 """
 Scales: how a tensor becomes FP8. The five recipes, and MOSS's two-level microscaling.
 
-    python microscale.py        # SQNR of every recipe on synthetic data; what folding loses
+    python microscale.py [--plot FILE.png]   # three tables; the picture of the first one needs matplotlib
 
 A quantiser stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
 that a matrix product will sum over. The recipes differ in how many elements share one scale:
@@ -16,26 +16,30 @@ that a matrix product will sum over. The recipes differ in how many elements sha
 E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) takes the maximum of each block i of 32
 neighbours along C, s_i = max|X_i| / 448, and splits it into a global and a local part:
 
-    s = max_i s_i  (FP32, one per tensor)       ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
+    s = max_i s_i  (FP32, per tensor or row)    ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
     Q_i = E4M3(X_i / (s ss_i))                  X_i ~ Q_i s ss_i
 
 A tensor core sums Q_a Q_b along C at full speed only if no scale changes along C. `fold` takes the scales out of its
 way: the largest ss of a row stays outside as the row's scale, and what remains of each ss_i, a power of two <= 1,
-is multiplied into the FP8 numbers. That is exact until a number is so small that it turns subnormal, some 2^-15
-below the row's maximum. Two things follow:
+is multiplied into the FP8 numbers. That is exact until a number is so small that it turns subnormal, some 2^-14
+of the row's maximum. Two things follow:
 
   - Rounding once, under the row's scale, gives the numbers that rounding per block and folding gives. So the fast
     path never forms ss_i; it takes the smallest power of two under which the row's maximum fits.
-  - ss absorbs any s. With s = 1 the accuracy is the same, no pass over the tensor is needed to find a maximum, no
-    state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a
-    power of two. This is what `--fp8 moss` trains with.
+  - ss absorbs any s. With s = 1 the accuracy is the same to about a dB, no pass over the tensor finds a maximum, no
+    state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
+    of two. This is what `--fp8 moss` trains with.
 """
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, pow2, round_to_format
+from fp8_formats import E4M3, INT8, cast, floor_log2, pow2, round_to_format
 
 try:
     import triton
@@ -56,8 +60,8 @@ class Quantized:
     """X (R, C) as `data` (R, C) in FP8 with a scale per block: X[r, c] ~ data[r, c] scale[r//br, c//bc] global_scale.
 
     `block` = (br, bc), ALL = the whole axis, a last block may be ragged. `scale` is (ceil(R/br), ceil(C/bc)),
-    float32, or float8_e8m0fnu (one byte) where the recipe stores powers of two. `global_scale` () float32 is
-    the first of MOSS's two levels and None elsewhere.
+    float32, or float8_e8m0fnu (one byte) where the recipe stores powers of two. `global_scale`, float32,
+    (), (1, 1) or (R, 1), is the first of MOSS's two levels and None elsewhere.
     """
     data: torch.Tensor
     scale: torch.Tensor
@@ -81,7 +85,7 @@ def expand_blocks(scale, shape, block):
 def block_amax(x, block):
     """max|x| of every block, (R, C) -> (ceil(R/br), ceil(C/bc)) float32. NaN and Inf stay in their block."""
     br, bc = (n if b == ALL else b for b, n in zip(block, x.shape))
-    x = torch.nn.functional.pad(x.abs().float(), (0, -x.shape[1] % bc, 0, -x.shape[0] % br))
+    x = F.pad(x.abs().float(), (0, -x.shape[1] % bc, 0, -x.shape[0] % br))
     return x.view(x.shape[0] // br, br, x.shape[1] // bc, bc).amax(dim=(1, 3))
 
 
@@ -112,7 +116,10 @@ def scale_from_amax(amax, fmt, rule):
 
 
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`."""
+    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`.
+
+    C is the axis that will be summed over. For another axis, of length n, pass x.movedim(axis, -1).reshape(-1, n).
+    """
     if scale is None:
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
     data = to_grid(x.float() / expand_blocks(scale, x.shape, block), fmt)
@@ -132,14 +139,17 @@ def stores_e8m0(block, rule):
 # ---------------------------------------------------------------------------------------------------
 # MOSS: two levels, and the fold that takes the second one out of the matrix product
 
-def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None):
+def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(ALL, ALL)):
     """x (R, C) -> Quantized with E8M0 scales ss (R, ceil(C/block)) under an FP32 global scale s.
 
-    s = max_i s_i over the tensor if not given; any positive s will do, because ss absorbs the difference.
+    s = max_i s_i, of the tensor, or of every row with global_block = (1, ALL), unless `global_scale` is given: a
+    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, as that of an earlier step: ss absorbs it.
     """
-    amax = block_amax(x, (1, block))
-    s = scale_from_amax(amax.amax(), fmt, "fp32") if global_scale is None else torch.as_tensor(global_scale)
-    ss = scale_from_amax(amax / s, fmt, "up")
+    s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
+    s = torch.as_tensor(s, dtype=torch.float32, device=x.device)
+    ss = scale_from_amax(block_amax(x, (1, block)) / s, fmt, "up")
+    if global_scale is None:  # where s was rounded down, its own block is a rounding error too large for ss = 1
+        ss = ss.clamp(max=1)
     data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
     return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
 
@@ -356,80 +366,125 @@ def quantize_weight(weight, recipe, scale=None):
 # ---------------------------------------------------------------------------------------------------
 # What `python microscale.py` shows
 
-def sqnr(x, approximation):
-    """Signal to quantisation noise of the whole tensor, in dB: 10 log10(sum x^2 / sum (x - approximation)^2)."""
-    noise = (x.double() - approximation.double()).square().sum()
-    return 10 * torch.log10(x.double().square().sum() / noise).item()
-
-
-def group_sqnr(x, approximation, group=32):
-    """The same per group of 32 along a row, averaged in dB: small groups count as much as large ones."""
-    signal = x.double().view(-1, group).square().sum(1)
-    noise = (x.double() - approximation.double()).view(-1, group).square().sum(1)
+def sqnr(x, approximation, group=None):
+    """10 log10(sum x^2 / sum (x - approximation)^2) in dB: of the tensor, or the mean over groups within rows."""
+    signal = x.double().reshape(-1, group or x.numel()).square().sum(1)
+    noise = (x.double() - approximation.double()).reshape(-1, group or x.numel()).square().sum(1)
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
 
 
-QUANTISERS = {
-    "tensor": lambda x, fmt: quantize_reference(x, fmt, (ALL, ALL), "fp32"),
-    "group 128": lambda x, fmt: quantize_reference(x, fmt, (1, 128), "fp32"),
-    "mx (floor)": lambda x, fmt: quantize_reference(x, fmt, (1, 32), "floor"),
-    "two-level": lambda x, fmt: quantize_two_level(x, fmt),
-    "two-level, s = 1": lambda x, fmt: quantize_two_level(x, fmt, global_scale=1.0),
-    "moss (folded)": lambda x, fmt: quantize_reference(x, fmt, (1, ALL), "up"),
-}
+QUANTISERS = {name: lambda x, fmt=E4M3, recipe=recipe: quantize_reference(x, fmt, recipe.act_block, recipe.rule)
+              for name, recipe in RECIPES.items() if recipe}
+QUANTISERS["two-level"] = quantize_two_level
+QUANTISERS["s = 1"] = lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)
 
 
-def synthetic_data(tokens=512, width=2048):
-    """What activations look like, (tokens, width): plain, gated, with outliers, with tokens of all sizes."""
+def synthetic_data():
     torch.manual_seed(0)
-    gaussian = torch.randn(tokens, width)
-    token, channels = gaussian.clone(), gaussian.clone()
-    token[7] *= 1e4
-    channels[:, ::100] *= 50
-    return {"Gaussian": gaussian,
-            "SwiGLU output": torch.nn.functional.silu(torch.randn(tokens, width)) * torch.randn(tokens, width),
-            "1% of channels x 50": channels,
-            "one token x 10^4": token,
-            "token sizes log-normal": gaussian * torch.exp(5 * torch.randn(tokens, 1))}
+    x = torch.randn(512, 1024)
+    return {"Gaussian": x,
+            "1% of channels x 50": x * torch.where(torch.arange(1024) % 100 == 0, 50, 1),
+            "one token x 10^4": x * torch.where(torch.arange(512) == 7, 1e4, 1)[:, None],
+            "token sizes log-normal": x * torch.exp(5 * torch.randn(512, 1))}
 
 
-def print_sqnr(data):
-    print("1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32\n")
-    print(f"   {'':24}" + "".join(f"{name:>18}" for name in QUANTISERS))
-    for name, x in data.items():
-        cells = [q(x, E4M3).dequantize() for q in QUANTISERS.values()]
-        print(f"   {name:24}" + "".join(f"{sqnr(x, y):11.1f} /{group_sqnr(x, y):5.1f}" for y in cells))
-    print("-> A float carries its own exponent, so finer power-of-two scales add range, not precision: moss rescues the\n"
-          "   small tokens that one scale per tensor pushes into the subnormals, and equals it elsewhere. s = 1 costs\n"
-          "   nothing. An FP32 scale stores the maximum of its block without error, which lifts group where one value\n"
-          "   dominates its block. The floor rule of mx cuts off the top of each block.\n")
+def transformer_layer(x, linear, heads=4):
+    """x (batch, T, d) -> the same. Nothing encodes positions: causal attention tells them apart."""
+    q, k, v = linear["qkv"](F.rms_norm(x, x.shape[-1:])).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, T, d / heads)
+    x = x + linear["out"](attention.transpose(1, 2).flatten(2))
+    gate, up = linear["gate_up"](F.rms_norm(x, x.shape[-1:])).chunk(2, dim=-1)
+    return x + linear["down"](F.silu(gate) * up)
 
 
-def print_uniform(data):
-    names = ("tensor", "group 128", "two-level")
-    print("2. The same for the tensor with a uniform element (8-bit integer)\n")
-    print(f"   {'':24}" + "".join(f"{name:>12}" for name in names))
-    for name, x in list(data.items())[:3]:
-        print(f"   {name:24}" + "".join(f"{sqnr(x, QUANTISERS[q](x, INT8).dequantize()):12.1f}" for q in names))
-    print("-> A uniform element has no exponent, so a scale that fits its block is precision. MOSS's Theorem 1 (tensor <\n"
-          "   group < two-level) holds here where sizes differ inside a group of 128; where they do not, rounding the\n"
-          "   scale to a power of two costs more than smaller blocks gain. For E4M3 (table 1) it does not hold.\n")
+def real_data(steps=120, batch=4, T=64, d=256):
+    """Inputs X and output gradients dY (batch T, width) in the second of two layers, trained on the bytes of a file."""
+    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
+    torch.manual_seed(0)
+    sizes = {"qkv": (d, 3 * d), "out": (d, d), "gate_up": (d, 6 * d), "down": (3 * d, d)}
+    first, second = (nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2))
+    embedding, head, data = nn.Embedding(256, d), nn.Linear(d, 256), {}
+    for name, linear in second.items():
+        linear.register_forward_hook(lambda _, x, y, n=name: data.update({f"X of {n}": x[0].detach().flatten(0, 1)}))
+        linear.register_full_backward_hook(lambda _, dx, dy, n=name: data.update({f"dY of {n}": dy[0].flatten(0, 1)}))
+    optimizer = torch.optim.AdamW(nn.ModuleList([embedding, first, second, head]).parameters(), lr=2e-3)
+    for _ in range(steps):
+        tokens = text[torch.randint(len(text) - T, (batch, 1)) + torch.arange(T + 1)].long()  # (batch, T + 1)
+        x = transformer_layer(transformer_layer(embedding(tokens[:, :-1]), first), second)
+        loss = F.cross_entropy(head(F.rms_norm(x, (d,))).transpose(1, 2), tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return data
 
 
-def print_fold(data):
-    print("3. What folding loses: share of values changed, energy of the change\n")
-    for name, x in data.items():
-        share, energy = fold_loss(x)
-        print(f"   {name:24}{share.item():10.3%}{energy.item():12.1e}")
-    print("-> Only values some 2^-15 below the maximum of their row change, and their energy does not count.\n")
+def move(x):
+    """X (R, C), quantised per row as `moss` does, -> X^T (C, R) under one scale: the scaling-aware transpose."""
+    q = QUANTISERS["moss"](x)
+    common = q.scale.amax().view(1, 1)
+    return Quantized(transpose_reference(q.data, q.scale / common), common, (ALL, ALL))
 
 
-def main():
-    data = synthetic_data()
-    print_sqnr(data)
-    print_uniform(data)
-    print_fold(data)
+def score(x, q):
+    return f"{sqnr(x, q.dequantize()):.1f} /{sqnr(x, q.dequantize(), group=32):5.1f}"
+
+
+TABLES = [("""\
+1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a small
+   transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
+           {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTISERS.items()}, """\
+A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor pushes
+   into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else; s = 1 moves a line
+   by about a dB at most. moss, folded to a scale per row, rescues what is small in its row only in part. FP32 scales
+   store a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
+          ("2. The same with a uniform element, an 8-bit integer",
+           {n: lambda x, q=QUANTISERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
+An integer has no exponent: a scale that fits its block is precision. By energy, MOSS's Theorem 1 (tensor < group <
+   two-level) holds where sizes differ much inside a group: outlier channels, X of down, dY of gate_up. Elsewhere
+   rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3 it holds nowhere."""),
+          ("3. Folding: share of values changed, energy of the change. SQNR of X^T if X is needed along both axes",
+           {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
+            "moved": lambda x: score(x.t(), move(x)),
+            "2^k, twice": lambda x, q=QUANTISERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
+            "FP32, once": lambda x, q=QUANTISERS["group"]: score(x.t(), q(x.t())),
+            "FP32, twice": lambda x, q=QUANTISERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
+Folding changes values of about 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that counts.
+   FP32 scales along both axes mean two grids: X^T from the quantised X costs some 2 dB or more on real tensors. Powers
+   of two share one grid. So does moved, the scaling-aware transpose, in FP8 alone; tokens 10^4 smaller lose bits.""")]
+
+
+def plot_sqnr(data, path):
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")  # draws to files, needs no display
+    from matplotlib import pyplot as plt
+    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plt.rcParams.update(dict.fromkeys(colored, "#808080"))  # gray on transparent: for light and dark pages
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, name in enumerate(("tensor", "group", "mx", "moss")):
+        pairs = [(x, QUANTISERS[name](x).dequantize()) for x in data.values()]
+        bars = torch.arange(len(data)) + 0.2 * i - 0.3
+        axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
+        axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
+    axes.set(xticks=range(len(data)), xticklabels=[name.replace(" of ", "\n") for name in data], ylim=(20, 38),
+             ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32")
+    axes.legend(framealpha=0, ncols=4)
+    figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Scales of every recipe, and what they keep of a tensor.")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw table 1 for the real tensors (needs matplotlib)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the operations here are small; on a busy machine more threads only wait
+    real = real_data()
+    for title, columns, reading in TABLES:
+        print(f"{title}\n\n   {'':22}" + "".join(f"{name:>13}" for name in columns))
+        for name, x in (synthetic_data() | real).items():
+            print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
+        print(f"-> {reading}\n")
+    if args.plot:
+        plot_sqnr(real, args.plot)
