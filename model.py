@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fp8_formats import E4M3, FORMATS
 from gemm_kernel import fp8_linear
 from microscale import ALL, RECIPES, fold_loss, quantize, quantize_weight, saturated_share
 
@@ -92,17 +93,23 @@ class Linear(nn.Module):
     def forward(self, x):
         if not self.recipe:
             return F.linear(x, self.weight.to(x.dtype))
+        y = fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
         if self.health is not None:
-            self.watch(x)
-        return fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
+            self.watch(x, "")
+            if y.requires_grad:
+                y.register_hook(lambda dy: self.watch(dy, "_grad"))
+        return y
 
-    def watch(self, x, rows=256):
-        """Records what quantising the first rows of x loses: values cut off at the top, values lost by folding."""
+    def watch(self, x, suffix, rows=256):
+        """Records which shares of the first rows of X or dY are cut off at the top and changed by folding."""
+        if self.health is None:
+            return
         x = x.detach().reshape(-1, x.shape[-1])[:rows]
-        x_q = quantize(x, block=self.recipe.act_block, rule=self.recipe.rule)
-        self.health["saturated"] = saturated_share(x, x_q)
+        fmt = FORMATS[self.recipe.grad_format] if suffix else E4M3
+        x_q = quantize(x, fmt, self.recipe.act_block, self.recipe.rule)
+        self.health["saturated" + suffix] = saturated_share(x, x_q, fmt)
         if self.recipe.name == "moss":
-            self.health["folded"] = fold_loss(x)[0]
+            self.health["folded" + suffix] = fold_loss(x, fmt)[0]
 
     def extra_repr(self):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp8={self.recipe or 'none'}"

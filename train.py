@@ -523,7 +523,7 @@ def first_non_finite(model, tokens, targets):
 
 
 def scale_health(model, scales):
-    """Predicted / true weight scale (below 1 weights saturate), shares of activations saturated and lost by folding."""
+    """Predicted / true weight scale (below 1 weights saturate); shares of X and dY cut off and changed by folding."""
     health = {}
     if scales is not None:
         least, most = scales.headroom().aminmax()
@@ -552,9 +552,9 @@ def progress_line(record, c, seconds_left):
         line += f"  MFU {record['mfu']:.1%}"
     if "scale_ratio" in record:
         line += f"  scale x{record['scale_ratio']:.3f}"
-    for key in ("saturated", "folded"):
+    for key in ("saturated", "folded"):   # of activations, and of gradients
         if key in record:
-            line += f"  {key} {record[key]:.2%}"
+            line += f"  {key} {record[key]:.2%}, {record[key + '_grad']:.2%}"
     if "val_loss" in record:
         line += f"  validation loss {record['val_loss']:.4f}"
     return line + f"  {clock(seconds_left)} left"

@@ -571,7 +571,8 @@ def run_fp8_adamw(device, steps=20, restart_at=None):
 def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(device):
     weight, other, w, w_t, scales = run_fp8_adamw(device)
     torch.manual_seed(0)
-    theirs = [torch.nn.Parameter(t) for t in (0.02 * torch.randn(48, 80, device=device), torch.randn(33, device=device))]
+    start = 0.02 * torch.randn(48, 80, device=device), torch.randn(33, device=device)
+    theirs = [torch.nn.Parameter(t) for t in start]
     groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     for step in range(1, 21):

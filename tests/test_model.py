@@ -177,5 +177,7 @@ def test_health_counts_saturation_only_while_it_is_watched():
     assert all(layer.health is None for layer in model.linears())
     for layer in model.linears():
         layer.health = {}
-    model(tokens())
-    assert all(layer.health["saturated"] == 0 and 0 <= layer.health["folded"] < 0.05 for layer in model.linears())
+    model(tokens(), tokens()).backward()
+    for layer in model.linears():
+        assert layer.health["saturated"] == layer.health["saturated_grad"] == 0
+        assert 0 <= layer.health["folded"] < 0.05 and 0 <= layer.health["folded_grad"] < 0.5
