@@ -26,7 +26,7 @@ import math
 import torch
 from torch.utils.benchmark import Timer
 
-from fp8_formats import E4M3, cast
+from fp8_formats import E4M3, cast, new_plot
 from microscale import ALL, HAS_TRITON, MIN_SCALE, has_fp8_tensor_cores, quantize, sqnr, transpose
 
 if HAS_TRITON:
@@ -426,20 +426,14 @@ def print_optimizer_timing():
 
 
 def plot_prediction(rows, path):
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")  # draws to files, needs no display
-    from matplotlib import pyplot as plt
+    figure, axes = new_plot()
     steps, _, true, predicted, _ = zip(*rows)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.plot(steps, predicted, label="predicted, anchored every 200 steps")
     axes.plot(steps, true, label="true, max|W| / 448")
     axes.set(xlabel="step", ylabel="weight scale", title="The predicted scale stays above the true one")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path)
     print(f"wrote {path}\n")
 
 

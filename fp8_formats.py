@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Formats as data. A code is sign | exponent field | fraction, and means
 #     ± 1.fraction · 2^(field - bias)    field > 0: a normal number, always mantissa_bits + 1 significant bits
 #     ± 0.fraction · 2^(1 - bias)        field = 0: a subnormal number, a fixed step down to zero
@@ -74,7 +74,7 @@ E2M1 = Format("E2M1", 2, 1, bias=1, emax=2)
 INT8 = Format("INT8", 1, 6, bias=1, emax=0, twos_complement=True)
 FORMATS = {fmt.name.lower(): fmt for fmt in (E5M2, E4M3, E3M2, E2M3, E2M1, INT8)}
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Exponents, exactly
 
 EXPONENT_OF_ZERO = -(1 << 14)  # below every exponent, as log2(0) = -Inf, yet safe to add to and subtract from
@@ -106,7 +106,7 @@ def pow2(exponent):
     return torch.where(e < -126, subnormal, normal).view(torch.float32)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # E8M0: a block scale that is all exponent. 2^-127 .. 2^127 and NaN; no sign, no zero, no Inf.
 
 
@@ -120,7 +120,7 @@ def e8m0_decode(codes):
     return pow2(codes.to(torch.int32) - 127).masked_fill(codes == 0xFF, torch.nan)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Rounding
 
 
@@ -177,7 +177,7 @@ def cast(x, fmt):
     return x.clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Codes. The positive codes, read as integers, count the grid upwards: 0, 1, 2, ... subnormal steps, and on into
 # the normal values without a seam. (What comes after max is Inf or NaN.)
 
@@ -230,7 +230,7 @@ def grid(fmt):
     return values[values.isfinite() & ~values.signbit()].sort().values
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # What `python fp8_formats.py` shows
 
 
@@ -276,16 +276,23 @@ def print_errors():
           "   rescued where it would be subnormal: to a float, power-of-two scales add range and not precision.")
 
 
-def plot_errors(path):
+def new_plot():
+    """matplotlib's (figure, axes), gray on transparent so that a saved picture reads on light and dark pages."""
     try:
         import matplotlib
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")  # draws to files, needs no display
-    from matplotlib import pyplot as plt
-    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update(dict.fromkeys(colored, "#808080"))  # gray on transparent: for light and dark pages
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    from matplotlib import pyplot
+    gray = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    pyplot.rcParams.update(dict.fromkeys(gray, "#808080"))
+    pyplot.rcParams.update({"legend.framealpha": 0, "savefig.transparent": True, "savefig.dpi": 150,
+                            "savefig.bbox": "tight"})
+    return pyplot.subplots(figsize=(8, 4.5))
+
+
+def plot_errors(path):
+    figure, axes = new_plot()
     for fmt in FORMATS.values():
         errors = [relative_error(fmt, k) for k in range(36)]
         errors = [e for e in errors if e < 1] + [1]  # stop where every value is rounded to zero
@@ -294,8 +301,8 @@ def plot_errors(path):
              title="Floats keep their precision until they are subnormal, integers lose a bit a binade")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     axes.grid(alpha=0.3)
-    axes.legend(framealpha=0)
-    figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight")
+    axes.legend()
+    figure.savefig(path)
     print(f"\nwrote {path}")
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, INT8, cast, floor_log2, pow2, round_to_format
+from fp8_formats import E4M3, INT8, cast, floor_log2, new_plot, pow2, round_to_format
 
 try:
     import triton
@@ -202,7 +202,8 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) -> Quantized, as `quantize_reference`: by the kernel below on a GPU that has one."""
     if scale is None and block == (ALL, ALL):
         scale = scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
-    if has_fp8_tensor_cores(x.device) and (scale is not None or block[0] == 1) and x.shape[1] <= MAX_COLUMNS:
+    by_rows = scale is not None or block[0] == 1
+    if has_fp8_tensor_cores(x.device) and by_rows and x.shape[1] <= MAX_COLUMNS and x.numel() < MAX_ELEMENTS:
         return quantize_triton(x, fmt, block, rule, scale)
     return quantize_reference(x, fmt, block, rule, scale)
 
@@ -214,7 +215,8 @@ def transpose(q, row_factor=None, fmt=E4M3):
     return transpose_reference(q, row_factor, fmt)
 
 
-MAX_COLUMNS = 65536  # a row per program has to fit into its registers
+MAX_COLUMNS = 65536   # a row per program has to fit into its registers
+MAX_ELEMENTS = 2**31  # columns are addressed with 32 bits
 
 if HAS_TRITON:
     # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first. On a
@@ -454,15 +456,7 @@ Folding changes values of about 2^-14 of their row's maximum or less, few but in
 
 
 def plot_sqnr(data, path):
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")  # draws to files, needs no display
-    from matplotlib import pyplot as plt
-    colored = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update(dict.fromkeys(colored, "#808080"))  # gray on transparent: for light and dark pages
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = new_plot()
     for i, name in enumerate(("tensor", "group", "mx", "moss")):
         pairs = [(x, QUANTISERS[name](x).dequantize()) for x in data.values()]
         bars = torch.arange(len(data)) + 0.2 * i - 0.3
@@ -470,8 +464,8 @@ def plot_sqnr(data, path):
         axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
     axes.set(xticks=range(len(data)), xticklabels=[name.replace(" of ", "\n") for name in data], ylim=(20, 38),
              ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32")
-    axes.legend(framealpha=0, ncols=4)
-    figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight")
+    axes.legend(ncols=4)
+    figure.savefig(path)
     print(f"wrote {path}")
 
 

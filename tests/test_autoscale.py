@@ -48,7 +48,7 @@ def assert_below_scale(weights, scales):
     assert (amax(weights).double() <= 448 * scales.scale.double()).all()
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The bound
 
 
@@ -119,7 +119,7 @@ def test_no_other_gradients_exceed_the_bound(betas):
         assert adamw_update(gradients, *betas) <= adam_update_bound(40, *betas) * (1 + 1e-12)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Predicted scales: nothing outgrows them
 
 
@@ -283,7 +283,7 @@ def test_a_skipped_step_leaves_the_scale_alone():
     assert torch.equal(scales.scale, before)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The other modes
 
 
@@ -372,7 +372,7 @@ def test_update_never_makes_the_host_wait(mode):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # State
 
 
@@ -418,7 +418,7 @@ def test_state_of_other_scales_is_refused(other):
         WeightScales(weights, mode="delayed" if "history" in other else "predicted").load_state_dict(saved)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Wrong use is refused
 
 
@@ -462,7 +462,7 @@ def test_impossible_settings_are_named(options, named):
         WeightScales(**{"weights": ragged_weights(), **options})
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The tables
 
 
@@ -476,7 +476,7 @@ def test_the_tables_show_what_they_claim(capsys):
     assert printed.count("->") == 3
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The optimizer that writes FP8 weights
 
 

@@ -71,7 +71,7 @@ def nearest_by_search(x, fmt):
     return torch.where(x.isnan(), torch.nan, torch.copysign(rounded, x.double())).to(x.dtype)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The formats, against the table of the MX specification
 
 
@@ -113,7 +113,7 @@ def test_int8_never_rounds_to_minus_two():
     assert encode(torch.tensor([-2.0, -torch.inf]), INT8).tolist() == [0x81, 0x81]  # -127
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Codes
 
 
@@ -159,7 +159,7 @@ def test_encode_refuses_nan_where_there_is_no_code_for_it(fmt):
         encode(torch.tensor([1.0, torch.nan]), fmt)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Exponents and E8M0
 
 
@@ -213,7 +213,7 @@ def test_e8m0_clamps_exponents_and_never_becomes_nan():
     assert fp8_formats.e8m0_encode(exponents).tolist() == [0, 0, 0, 127, 254, 254, 254]
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Rounding to nearest
 
 
@@ -293,7 +293,7 @@ def test_a_power_of_two_scale_adds_precision_to_an_integer():
         assert larger / smaller == pytest.approx(2, rel=0.01)  # one bit; 1% for averaging over a finite grid
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Stochastic rounding
 
 
@@ -333,7 +333,7 @@ def test_stochastic_rounding_is_unbiased(x, device):
     assert abs(draws.mean() - x) < 5 * standard_error  # five sigma: a fair rounding fails once in two million
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Overflow, NaN, zeros
 
 
@@ -398,7 +398,7 @@ def test_int8_has_one_zero():
     assert encode(torch.tensor([0.0, -0.0, -1e-30]), INT8).tolist() == [0, 0, 0]
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The fast path, arguments, shapes, and the script
 
 

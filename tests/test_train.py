@@ -101,7 +101,7 @@ def same(a, b):
     return a == b
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Spies: what a run sees, and what is done to it
 
 
@@ -157,7 +157,7 @@ def poison_gradient(monkeypatch, name, steps):
 ALWAYS = range(10**6)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Every recipe trains, and from the same start on the same data
 
 
@@ -254,7 +254,7 @@ def test_only_rank_0_writes(tiny, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Two processes
 
 
@@ -293,7 +293,7 @@ def test_two_processes_write_one_log(two_ranks):
     assert [record["step"] for record in read_log(folder / "two")] == [1, 2, 3]
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Resume, and how a run ends early
 
 INTERRUPTED = "--steps 6 --rescale_interval 5"   # stops after step 3; a true rescale of moss comes after the resume
@@ -414,7 +414,7 @@ def test_the_current_folder_can_be_the_output_twice(tiny, tmp_path, monkeypatch,
         assert train.main(tiny("--fp8 none --steps 1 --out .")) in (0, 2)   # done or refused, but no traceback
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Mistakes: exit code 2, one line that says what, why and what to do, and nothing written
 
 
@@ -586,7 +586,7 @@ def test_resume_from_an_unusable_checkpoint_is_refused(name, tiny, tmp_path, no_
     assert_refused(tiny("--fp8 none --resume"), ["--resume", "ckpt.pt"], tmp_path, capsys)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Data formats
 
 
@@ -728,7 +728,7 @@ def test_a_run_on_token_files_ends_with_a_sample_however_short_the_sequence(tiny
     assert run(tiny(f"--data {tmp_path} --fp8 none --seq 8 --steps 1"))["steps"] == 1
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Loss and gradients that are not finite
 
 POISONED = "blocks.1.ffn.down"
@@ -825,7 +825,7 @@ def test_a_gradient_that_alone_is_not_finite_is_found(recipe):
     assert train.first_non_finite(net, tokens, targets) == f"the gradient of {POISONED}.weight"
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The log, the schedule, evaluations
 
 
@@ -935,7 +935,7 @@ def test_watching_the_scales_changes_no_weight(tiny, monkeypatch, no_sample):
     assert same(states[0]["model"], states[1]["model"])
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The command line
 
 
