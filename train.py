@@ -617,17 +617,19 @@ def build(c, device):
 
 
 def restore(state, model, optimizer, scales, c, say):
-    """Puts a checkpoint back. Scales come with it bit for bit, or are measured if the recipe is another one now.
+    """Puts a checkpoint back; of the optimizer only moments and step counts, its settings are those of this run.
 
-    Of the optimizer only the moments and step counts are taken: its settings are those of this run.
+    Scales come back bit for bit: measuring them anew would make a resumed run differ from an uninterrupted one. They
+    are measured where the recipe is another one now, or where a weight exceeds what its scale allows.
     """
     model.load_state_dict(state["model"])
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
-    if scales and state["config"]["fp8"] == c.fp8:
-        scales.load_state_dict(state["scales"])
-    elif scales:
-        scales.anchor()
+    if scales:
+        if state["config"]["fp8"] == c.fp8:
+            scales.load_state_dict(state["scales"])
+        if state["config"]["fp8"] != c.fp8 or scales.headroom().min() < 1:
+            scales.anchor()
     for name, value in state["config"].items():
         if name not in ("resume", "device", "out") and getattr(c, name) != value:
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")

@@ -24,6 +24,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU of compute capability 9.0 or newer"))
 
 
-@pytest.fixture
-def device():
-    return DEVICE
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of tiny tensors: on a busy machine a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,13 +25,7 @@ for_betas = pytest.mark.parametrize("betas", BETAS, ids=str)
 for_devices = pytest.mark.parametrize("device", DEVICES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny: on a busy machine a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ragged_weights(device="cpu", seed=0):

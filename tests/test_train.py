@@ -39,13 +39,7 @@ LAYERS = 4 * PRESETS["nano"].layers   # quantised ones: qkv, out, gate_up and do
 for_recipes = pytest.mark.parametrize("recipe", RECIPES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are tiny: on a busy machine a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -344,6 +338,17 @@ def test_a_checkpoint_goes_on_under_another_recipe_and_says_so(tiny, tmp_path, m
     assert run(tiny(f"--fp8 moss {INTERRUPTED} --resume"))["steps"] == 6
     assert "--fp8 was none and is now moss" in capsys.readouterr().out
     assert checkpoint(tmp_path / "out")["scales"]["scale"].shape == (LAYERS,)
+
+
+def test_scales_that_their_weights_exceed_are_measured_at_resume(tiny, tmp_path, monkeypatch, no_sample):
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(tiny("--fp8 moss")) is None
+    state = checkpoint(tmp_path / "out")
+    state["scales"]["scale"] /= 2
+    torch.save(state, tmp_path / "out" / "ckpt.pt")
+    run(tiny("--fp8 moss --resume"))
+    assert read_log(tmp_path / "out")[-1]["scale_ratio_min"] >= 1
 
 
 @pytest.mark.gpu
