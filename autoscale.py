@@ -248,12 +248,15 @@ class FP8AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         copies = {layer.weight: (layer.w, layer.w_t) for layer in self.layers}
+        done = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p in copies and p.grad is not None:
                     self.step_with_copies(p, *copies[p], group)
-                    p.grad = None   # done: nothing is left for AdamW
+                    done[p], p.grad = p.grad, None   # so that nothing is left for AdamW
         super().step()
+        for p, grad in done.items():
+            p.grad = grad
 
     def step_with_copies(self, p, w, w_t, group):
         state = self.state[p]

@@ -24,8 +24,8 @@ way: the largest ss of a row stays outside as the row's scale, and what remains 
 is multiplied into the FP8 numbers. That is exact until a number is so small that it turns subnormal, some 2^-14
 of the row's maximum. Two things follow:
 
-  - Rounding once, under the row's scale, gives the numbers that rounding per block and folding gives. So the fast
-    path never forms ss_i; it takes the smallest power of two under which the row's maximum fits.
+  - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
+    of twice. So the fast path never forms ss_i; it takes the smallest power of two that the row's maximum fits under.
   - ss absorbs any s. With s = 1 the accuracy is the same to about a dB, no pass over the tensor finds a maximum, no
     state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
     of two. This is what `--fp8 moss` trains with.

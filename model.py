@@ -8,7 +8,7 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
                       x = x + down(silu(gate(norm(x))) * up(norm(x)))   (linear layers: gate_up, down)
     logits = head(norm(x))
 
-The four linear layers of a block hold 94% of the parameters of a 7B model and do 90% of its arithmetic: they
+The four linear layers of a block hold 94% of the parameters of OLMo-7B and do 93% of its arithmetic: they
 are what a recipe quantises. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU); the weights that
 the optimizer sees are FP32.
 """
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.d)
         self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}") for i in range(config.layers))
         self.norm = Norm(config)
-        self.head = nn.Linear(config.d, config.vocab, bias=False)
+        self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
         if config.tied:
             self.head.weight = self.embed.weight
         self.rope = None
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
 
     def linears(self):
         """The layers that the recipe quantises, in the order of the forward pass."""
-        return [m for m in self.modules() if isinstance(m, Linear)]
+        return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None):
         if self.rope is None or self.rope[0].device != tokens.device:
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = F.linear(self.norm(x), self.head.weight.to(x.dtype))                    # (B, T, vocab)
+        logits = self.head(self.norm(x))                                                 # (B, T, vocab)
         if targets is None:
             return logits
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))

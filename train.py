@@ -4,7 +4,7 @@ Trains a language model in FP8.
     python train.py --fp8 moss                         # any machine, no data needed: learns Python's own source text
     python train.py --fp8 none                         # the same run in BF16 (FP32 on a CPU), to compare with
     python train.py --model 1b --data tokens/          # a preset of model.py on your own data
-    torchrun --nproc_per_node 8 train.py --model olmo-7b --data tokens/ --accum 1024
+    torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64
     python train.py --resume                           # go on from out/ckpt.pt
 
 Options are the fields of Config below; `--help` lists them. Runs that differ in `--fp8` alone see the same data in
@@ -13,6 +13,7 @@ the same order from the same initial weights; with the same `--accum`, so do run
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -87,8 +88,8 @@ DEFAULTS = {
     "nano": dict(batch=32, accum=1, steps=200, lr=4e-3),
     "124m": dict(batch=32, accum=2, steps=600, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
-    "olmo-7b": dict(batch=4, accum=512, steps=100_000, lr=3e-4),
-    "llama2-7b": dict(batch=2, accum=512, steps=100_000, lr=3e-4),
+    "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
+    "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4),
 }
 
 
@@ -235,8 +236,9 @@ def list_files(root, pattern="*"):
 def open_data(source):
     """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
 
-    Token files are validation data if their path below --data has the word "val". Where none has, a twentieth is:
-    of the files, chosen by a checksum of their names, if there are at least 40, else of the tokens, the last ones.
+    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder.
+    Without these it is a twentieth: of the files, chosen by a checksum of their names, if there are at least 40, else
+    of the tokens, the last ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     if not root.exists():
@@ -252,9 +254,11 @@ def open_data(source):
     dtype = dtypes.pop()
     everything = Tokens([part for part, _ in parts], dtype)
     names = [p.relative_to(root).as_posix() if root.is_dir() else p.name for p in files]
+    of_text = files[0].suffix not in (".bin", ".npy")
+    named_val = r"^val(idation)?(\.[^/]*)?$" if of_text else r"(?<![^\W_])val(idation)?(?![^\W_])"
     chosen = set()
-    if dtype != np.uint8:
-        chosen = {p for p, name in zip(files, names) if re.search(r"\bval(idation)?\b", name.replace("_", " "))}
+    if source is not None and len(files) > 1:
+        chosen = {p for p, name in zip(files, names) if re.search(named_val, name)}
     if not chosen and len(files) >= 40:
         chosen = {p for p, name in zip(files, names) if zlib.crc32(name.encode()) % 20 == 0}
     if chosen:
@@ -352,7 +356,7 @@ def all_sum(tensor):
 
 # Dense BF16 peak in TFLOP/s by the vendors' data sheets, found by a part of the device's name, first match wins.
 BF16_PEAK = {"B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
-             "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+             "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
 def bf16_peak(device):
@@ -422,11 +426,19 @@ def set_aside(out):
         print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
 
 
+def logged_step(line):
+    """The step of a line of the log; infinity for one that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 def open_log(out, resumed_at):
     """log.jsonl, open for appending; lines that a crashed run wrote after its last checkpoint are cut off."""
     path = out / "log.jsonl"
     if resumed_at is not None and path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+        lines = [line for line in path.read_text().splitlines() if logged_step(line) <= resumed_at]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines))
         os.replace(temporary, path)
@@ -667,6 +679,7 @@ def train(config):
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
         restore(state, model, optimizer, scales, c, say)
+        del state   # 12 bytes per parameter of host memory
     requantize(model, scales)
 
     # From here on files are written.
@@ -733,7 +746,7 @@ def train(config):
                     saved = f"{checkpoint} holds the last state" if checkpoint.exists() else "nothing was saved yet"
                     raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
                                    f"the data; {saved}")
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=ranks.world == 1)   # DDP: the gradients stay in its buckets, one copy
             step += 1
 
             evaluating = step % c.eval_every == 0 or step == c.steps
@@ -780,13 +793,16 @@ def main(argv=None):
         code, message = 2, e
     except RunError as e:
         code, message = 1, e
-    if int(os.environ.get("RANK", 0)) == 0:   # every rank finds the same mistakes
-        print(f"error: {message}", file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        code, message = 1, f"{str(e).split('. ')[0]}: lower --batch or --seq (python model.py counts what a model needs)"
+    rank = int(os.environ.get("RANK", 0))
+    print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     code = main()
     if dist.is_initialized():
+        gc.collect()   # frees DDP: what still holds the process group keeps its threads running into Python's end
         dist.destroy_process_group()
     sys.exit(code)

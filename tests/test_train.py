@@ -365,6 +365,16 @@ def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_p
         assert summary["val_loss"] == straight["val_loss"]
 
 
+def test_a_log_line_that_a_crash_cut_short_is_dropped_at_resume(tiny, tmp_path, monkeypatch, no_sample):
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(tiny("--fp8 none")) is None
+    with open(tmp_path / "out" / "log.jsonl", "a") as log:
+        log.write('{"step": 2, "lo')
+    run(tiny("--fp8 none --resume"))
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_saves_and_exits_0(number, tiny, tmp_path, monkeypatch, capsys):
     do_at_step(monkeypatch, 2, lambda: signal.raise_signal(number))
@@ -645,6 +655,21 @@ def test_a_few_text_files_are_split_by_position(tmp_path):
     everything = b"".join((tmp_path / "few" / f"{i:03}.txt").read_bytes() for i in range(39))
     assert bytes(all_of(training)) + bytes(all_of(validation)) == everything
     assert 0.05 * len(everything) <= len(validation) < 0.05 * len(everything) + 1
+
+
+def test_a_text_file_named_val_is_the_validation_data(tmp_path):
+    (tmp_path / "train.txt").write_text("a" * 1000)
+    (tmp_path / "val.txt").write_text("b" * 500)
+    train_data, val_data, vocab = train.open_data(tmp_path)
+    assert (len(train_data), len(val_data), vocab) == (1000, 500, 256)
+    assert set(val_data.read(0, 500)) == {ord("b")}
+
+
+def test_only_the_whole_word_val_names_validation_data(tmp_path):
+    for name in ("interval.bin", "retrieval.bin", "shard_val_0.bin"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
+    train_data, val_data, _ = train.open_data(tmp_path)
+    assert [path.name for path, _, _ in val_data.parts] == ["shard_val_0.bin"] and len(train_data) == 200
 
 
 def test_many_text_files_are_split_by_file_the_same_way_wherever_they_lie(tmp_path):
