@@ -794,7 +794,7 @@ def main(argv=None):
     except RunError as e:
         code, message = 1, e
     except torch.OutOfMemoryError as e:
-        code, message = 1, f"{str(e).split('. ')[0]}: lower --batch or --seq (python model.py counts what a model needs)"
+        code, message = 1, f"{str(e).split('. ')[0]}: lower --batch or --seq; python model.py counts what models need"
     rank = int(os.environ.get("RANK", 0))
     print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr)
     return code
