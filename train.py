@@ -252,7 +252,6 @@ def open_data(source):
     if sum(count for (_, _, count), _ in parts) == 0:
         raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
     dtype = dtypes.pop()
-    everything = Tokens([part for part, _ in parts], dtype)
     names = [p.relative_to(root).as_posix() if root.is_dir() else p.name for p in files]
     of_text = files[0].suffix not in (".bin", ".npy")
     named_val = r"^val(idation)?(\.[^/]*)?$" if of_text else r"(?<![^\W_])val(idation)?(?![^\W_])"
@@ -265,7 +264,7 @@ def open_data(source):
         train, val = (Tokens([part for part, _ in parts if (part[0] in chosen) == held_out], dtype)
                       for held_out in (False, True))
     else:
-        train, val = everything.split(0.05)
+        train, val = Tokens([part for part, _ in parts], dtype).split(0.05)
     return train, val, 256 if dtype == np.uint8 else None
 
 

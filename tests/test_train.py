@@ -42,15 +42,6 @@ for_recipes = pytest.mark.parametrize("recipe", RECIPES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """A run that fails leaves its handlers to a process that ends; this one goes on."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def no_sample(monkeypatch):
     """200 generated tokens take longer than these runs."""
