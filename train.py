@@ -66,7 +66,7 @@ class Config:
     seq: int = opt(None, "tokens per sequence (default: the preset's)")
     # optimizer: AdamW
     lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine")
-    warmup: int = opt(None, "steps of linear warm-up (default: a twentieth of the steps)")
+    warmup: int = opt(None, "steps of linear warm-up (default: a tenth of the steps, at most 2000)")
     beta1: float = opt(0.9, "decay of the gradient's mean")
     beta2: float = opt(0.95, "decay of the gradient's square")
     weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
@@ -115,7 +115,7 @@ def resolve(config, device, world):
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
     c.seq = PRESETS[c.model].seq if c.seq is None else c.seq
-    c.warmup = c.steps // 20 if c.warmup is None else c.warmup
+    c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
     for name in ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips"):
         if getattr(c, name) < 1:
