@@ -268,7 +268,7 @@ class FP8AdamW(torch.optim.AdamW):
 
 
 def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
-    """One AdamW step on p (N, K) in place, as torch.optim.AdamW does it; then w (N, K), w_t (K, N) = E4M3(p / scale).
+    """One AdamW step on p (N, K) in place, as torch.optim.AdamW does it; then w (N, K), w_t (K, N) = E4M3(p (1 / scale)).
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)         m_hat, v_hat: divided by 1 - beta^step
@@ -278,7 +278,7 @@ def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, ste
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     p.mul_(1 - lr * weight_decay)
     p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
-    w.copy_(cast(p / scale, E4M3))
+    w.copy_(cast(p * (1 / scale), E4M3))
     w_t.copy_(w.t())
 
 
@@ -302,7 +302,7 @@ if HAS_TRITON:
         tl.store(p_ptr + at, p, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
         tl.store(v_ptr + at, v, mask=inside)
-        w = to_fp8(tl.div_rn(p, tl.load(scale_ptr)), True, INTERPRETED)
+        w = to_fp8(p * tl.div_rn(1.0, tl.load(scale_ptr)), True, INTERPRETED)
         tl.store(w_ptr + at, w, mask=inside)
         tl.store(w_t_ptr + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
 

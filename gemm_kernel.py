@@ -20,11 +20,14 @@ microscaled activation gets there: `fold`). A linear layer does this three times
     dgrad   dX (T, K) = dY (T, N)   W^T(K, N)^T         sums over N
     wgrad   dW (N, K) = dY^T(N, T)  X^T(K, T)^T         sums over the tokens T
 
-Hopper's FP8 tensor cores keep about 14 bits of a running sum. fprop lives with that (relative error 1.3e-3 at
-K = 4096, 2.5e-3 at 11008); dgrad and wgrad add their partial sums to an FP32 accumulator every 8 x 128 of K (5e-4).
+Hopper's FP8 tensor cores keep about 14 bits of a running sum and cut off the rest. Where terms cancel, as they mostly
+do, that costs 1.3e-3 of the result at K = 4096 and 3.1e-3 at 16384; where they all have one sign, each cut shortens
+the sum, by 3% and by 14%. fprop lives with that, as it does elsewhere; dgrad and wgrad set the sum aside every
+16 x 128 of K and start a new one (`promote`), which leaves 0.9e-3, or 1% where all signs agree.
 """
 
 import os
+import statistics
 
 import torch
 
@@ -32,8 +35,8 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"   # run alone on a CPU: the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, FORMATS
-from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, has_fp8_tensor_cores, quantize, quantize_reference,
-                        transpose)
+from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, has_fp8_tensor_cores, measured_scale, quantize,
+                        quantize_both, quantize_reference, transpose)
 
 if HAS_TRITON:
     import triton
@@ -44,43 +47,96 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # The product: reference, then kernel
 
-def matmul_reference(a, b, out_dtype=torch.float32):
-    """Quantized a (M, K), b (N, K) -> (M, N): the product of what they stand for, summed in float32."""
-    return (a.dequantize() @ b.dequantize().t()).to(out_dtype)
+def matmul_reference(a, b, out_dtype=torch.float32, add=None):
+    """Quantized a (M, K), b (N, K) -> (M, N): the product of what they stand for, summed in float32, plus `add`."""
+    product = a.dequantize() @ b.dequantize().t()
+    return (product if add is None else product + add.float()).to(out_dtype)
 
 
-def matmul(a, b, out_dtype=torch.bfloat16, promote=False):
+def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     """Quantized a (M, K), b (N, K) -> (M, N) in `out_dtype`, by the fastest way this device has.
 
-    promote: add partial sums to an FP32 accumulator (dgrad, wgrad). Operands with a power-of-two scale per 32 of K are
-    exact in BF16, and BF16 products are faster on Hopper than scaling in the loop.
+    promote   set partial sums aside in FP32 (dgrad, wgrad)
+    add, out  (M, N): the product is added to `add` (a residual) and written to `out`; with add = out it accumulates
+
+    Operands with a power-of-two scale per 32 of K are exact in BF16, and BF16 products are faster on Hopper than
+    scaling in the loop.
     """
-    if not has_fp8_tensor_cores(a.data.device):
-        return matmul_reference(a, b, out_dtype)
-    if a.block[1] == 32:
+    if has_fp8_tensor_cores(a.data.device) and a.block[1] != 32:
+        return matmul_triton(a, b, out_dtype, promote, add, out)
+    if has_fp8_tensor_cores(a.data.device):
         product = a.dequantize(torch.bfloat16) @ b.dequantize(torch.bfloat16).t()
-        return product.to(out_dtype)
-    return matmul_triton(a, b, out_dtype, promote)
+        product = (product if add is None else product + add).to(out_dtype)
+    else:
+        product = matmul_reference(a, b, out_dtype, add)
+    return product if out is None else out.copy_(product)
 
 
 if HAS_TRITON:
     @triton.jit
-    def _gemm_kernel(a_desc, b_desc, c_ptr, a_scale_ptr, b_scale_ptr, M, N, K,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SMS: tl.constexpr,
-                     IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr, A_PER_ROW: tl.constexpr,
-                     B_ROWS: tl.constexpr, FLATTEN: tl.constexpr):
-        """C (M, N) = scale_a scale_b A (M, K) B (N, K)^T. Persistent: SMS programs walk over all tiles of C.
+    def halves(x):
+        """(M, N) -> columns 0 ... N/2 - 1 and the others. One thread holds n and n + N/2: nothing moves."""
+        M: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+    @triton.jit
+    def low(pair):
+        return (pair << 16).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def high(pair):
+        return (pair & -65536).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def promote(acc, pair):
+        """Sets the upper 16 bits of a running sum aside: acc (M, N) float32, pair (M, N/2) int32 -> the same.
+
+        A second accumulator of 128 x 256 numbers would take the other half of all registers, and there would be none
+        left to work with. The upper half of a float32 is a BF16 number, and two of them fit into one register. What
+        they cannot hold, the lower 16 bits, stays in the running sum: nothing is lost, and the sum is small again.
+        """
+        M: tl.constexpr = acc.shape[0]
+        N: tl.constexpr = acc.shape[1]
+        left, right = halves(acc)
+        left += low(pair)
+        right += high(pair)
+        pair = ((left.to(tl.int32, bitcast=True) >> 16) & 65535) | (right.to(tl.int32, bitcast=True) & -65536)
+        rest = tl.join(left - low(pair), right - high(pair))                             # (M, N/2, 2)
+        return tl.reshape(tl.permute(rest, (0, 2, 1)), (M, N)), pair
+
+    @triton.jit
+    def store_tile(tile, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD: tl.constexpr, TMA_STORE: tl.constexpr):
+        m = m0 + tl.arange(0, tile.shape[0])
+        n = n0 + tl.arange(0, tile.shape[1])
+        at = m.to(tl.int64)[:, None] * N + n[None, :]
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        if ADD:
+            tile += tl.load(add_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if TMA_STORE:
+            c_desc.store([m0, n0], tile.to(c_ptr.dtype.element_ty))
+        else:
+            tl.store(c_ptr + at, tile.to(c_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gemm_kernel(a_desc, b_desc, c_desc, c_ptr, add_ptr, a_scale_ptr, b_scale_ptr, M, N, K,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr,
+                     IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr, A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr,
+                     ADD: tl.constexpr, TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr):
+        """C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. Persistent: PROGRAMS programs walk over all tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product; else they are
                     applied once at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
-        PROMOTE     0: the tensor core keeps the sum; p: it is added to FP32 registers every p x BLOCK_K of K.
-        Loads past the edge of A or B give zeros, which add nothing; stores are masked.
+        PROMOTE     0: the tensor core keeps the sum; p: it is set aside every p x BLOCK_K of K.
+        FLATTEN     tile and K loop become one, so that the next tile is fetched while this one is written.
+        Loads past the edge of A or B give zeros, which add nothing. The tile passes through shared memory on its way
+        out, in halves or QUARTERS: whole, it would not fit beside A and B.
         """
-        GROUP_M: tl.constexpr = 8  # tiles are walked in columns of 8, so that they share B in the L2 cache
+        GROUP_M: tl.constexpr = 12  # tiles are walked in columns of 12: 132 at a time share 12 of A and 11 of B in L2
         tiles_m = tl.cdiv(M, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         k_tiles = tl.cdiv(K, BLOCK_K)
-        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, SMS, flatten=FLATTEN):
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
             group_m = min(tiles_m - first_m, GROUP_M)
             m0 = (first_m + tile % (GROUP_M * tiles_n) % group_m) * BLOCK_M
@@ -89,53 +145,60 @@ if HAS_TRITON:
             n = n0 + tl.arange(0, BLOCK_N)
 
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            b_groups = tl.cdiv(N, B_ROWS)
+            if PROMOTE:
+                pair = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.int32)
             for k in range(k_tiles):
                 a = a_desc.load([m0, k * BLOCK_K])
                 b = b_desc.load([n0, k * BLOCK_K])
                 if IN_LOOP:
-                    a_scale = tl.load(a_scale_ptr + k * M + m, mask=m < M, other=0.0)
-                    b_scale = tl.load(b_scale_ptr + k * b_groups + n // B_ROWS, mask=n < N, other=0.0)
-                    acc += tl.dot(a, b.T) * (a_scale[:, None] * b_scale[None, :])
+                    a_scale = tl.load(a_scale_ptr + k * M + m, mask=m < M, other=0.0)[:, None]
+                    b_scale_row = b_scale_ptr + k * tl.cdiv(N, B_ROWS)
+                    if B_ROWS % BLOCK_N == 0:
+                        a_scale *= tl.load(b_scale_row + n0 // B_ROWS)
+                        acc += tl.dot(a, b.T) * a_scale
+                    else:
+                        acc += tl.dot(a, b.T) * (a_scale * tl.load(b_scale_row + n // B_ROWS, mask=n < N, other=0.0))
                 else:
-                    partial = tl.dot(a, b.T, partial)
+                    acc = tl.dot(a, b.T, acc)
                     if PROMOTE:
-                        if (k + 1) % PROMOTE == 0:
-                            acc += partial
-                            partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                        if (k + 1) % PROMOTE == 0 and k + 1 < k_tiles:
+                            acc, pair = promote(acc, pair)
 
+            left, right = halves(acc)
             if PROMOTE:
-                acc += partial
-            elif not IN_LOOP:
-                acc = partial
+                left += low(pair)
+                right += high(pair)
             if not IN_LOOP:
-                if A_PER_ROW:
-                    acc *= (tl.load(a_scale_ptr + m, mask=m < M, other=0.0) * tl.load(b_scale_ptr))[:, None]
-                else:
-                    acc *= tl.load(a_scale_ptr) * tl.load(b_scale_ptr)
-            # The tile passes through shared memory on its way out. Half at a time, or it would not fit beside A and B.
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            n = n0 + tl.arange(0, BLOCK_N // 2)
-            c_ptrs = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-            inside = (m < M)[:, None] & (n < N)[None, :]
-            tl.store(c_ptrs, left.to(c_ptr.dtype.element_ty), mask=inside)
-            inside = (m < M)[:, None] & (n + BLOCK_N // 2 < N)[None, :]
-            tl.store(c_ptrs + BLOCK_N // 2, right.to(c_ptr.dtype.element_ty), mask=inside)
+                scale = tl.load(a_scale_ptr + m * A_PER_ROW, mask=m < M, other=0.0) * tl.load(b_scale_ptr)
+                left *= scale[:, None]
+                right *= scale[:, None]
+            if QUARTERS:
+                W: tl.constexpr = BLOCK_N // 4
+                first, second = halves(left)
+                third, fourth = halves(right)
+                store_tile(first, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD, TMA_STORE)
+                store_tile(second, c_desc, c_ptr, add_ptr, m0, n0 + W, M, N, ADD, TMA_STORE)
+                store_tile(third, c_desc, c_ptr, add_ptr, m0, n0 + 2 * W, M, N, ADD, TMA_STORE)
+                store_tile(fourth, c_desc, c_ptr, add_ptr, m0, n0 + 3 * W, M, N, ADD, TMA_STORE)
+            else:
+                store_tile(left, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD, TMA_STORE)
+                store_tile(right, c_desc, c_ptr, add_ptr, m0, n0 + BLOCK_N // 2, M, N, ADD, TMA_STORE)
 
-    def tile_shape(M, N, sms, hopper=True):
-        """(BLOCK_M, BLOCK_N, warps, stages): the largest tile of which there are enough to occupy every SM.
+    def tile_shape(M, N, sms, in_loop=False, hopper=True):
+        """(BLOCK_M, BLOCK_N, warps, stages, programs per SM): the largest tile of which there is one for every SM.
 
-        Chosen on an H200. Newer GPUs get small tiles, which fit into the shared memory of all of them.
+        Chosen on an H200. With scales in the loop, small tiles, three programs to an SM: while one of them scales,
+        the tensor cores work for another. Newer GPUs get small tiles, which fit into the shared memory of all of them.
         """
+        if in_loop:
+            return 64, 128, 4, 3, 3
         for shape in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4)) if hopper else ((64, 128, 4, 2),):
             if triton.cdiv(M, shape[0]) * triton.cdiv(N, shape[1]) >= sms:
-                return shape
-        return 64, 64, 4, 4 if hopper else 2
+                return *shape, 1
+        return 64, 64, 4, 4 if hopper else 2, 1
 
-    def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False):
-        """Quantized a (M, K), b (N, K) -> (M, N). Scales per row, per tensor, or every 32 or 128 of K.
+    def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
+        """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`. Scales per row, per tensor, or every 32 or 128 of K.
 
         Raises ValueError where K is not a multiple of 16: the tensor memory accelerator moves 16 bytes at least.
         """
@@ -145,17 +208,22 @@ if HAS_TRITON:
         in_loop = a.block[1] != ALL
         sms = torch.cuda.get_device_properties(a.data.device).multi_processor_count if a.data.is_cuda else 4
         hopper = not a.data.is_cuda or torch.cuda.get_device_capability(a.data.device) == (9, 0)
-        BLOCK_M, BLOCK_N, warps, stages = tile_shape(M, N, sms, hopper)
+        BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
-        if in_loop and BLOCK_N == 256:  # a second accumulator has to fit into the registers
-            BLOCK_N, stages = 128, 4
-        c = torch.empty(M, N, device=a.data.device, dtype=out_dtype)
+        c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
+        for name, tensor in (("add", add), ("out", out)):
+            if tensor is not None and (tensor.shape != (M, N) or not tensor.is_contiguous()):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: a contiguous ({M}, {N}) is needed")
+        quarters = BLOCK_N == 256 and (c.element_size() > 2 or add is not None)
+        tma_store = N * c.element_size() % 16 == 0   # else its rows do not start where the accelerator can write
         scales = [s.float().t().contiguous() for s in (a.scale, b.scale)]
-        _gemm_kernel[(min(sms, triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
+        _gemm_kernel[(min(sms * programs, triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data, [BLOCK_M, BLOCK_K]),
-            TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]), c, *scales, M, N, K,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SMS=sms, IN_LOOP=in_loop, PROMOTE=8 if promote else 0,
-            A_PER_ROW=a.block[0] == 1, B_ROWS=max(b.block[0], 1), FLATTEN=not promote and not in_loop,
+            TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]),
+            TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // (4 if quarters else 2)]) if tma_store else None,
+            c, add, *scales, M, N, K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, PROGRAMS=sms * programs,
+            IN_LOOP=in_loop, PROMOTE=16 if promote else 0, A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1),
+            ADD=add is not None, TMA_STORE=tma_store, QUARTERS=quarters, FLATTEN=not promote and not in_loop,
             num_warps=warps, num_stages=stages)
         return c
 
@@ -172,10 +240,12 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, recipe):
-        x_q = quantize(x, E4M3, recipe.act_block, recipe.rule)
-        # Scales per row or tensor leave the FP8 numbers good for wgrad, too. Blocks along K do not: there X is
-        # quantised once more, along T, from the unquantised X, so that no value is rounded twice.
-        saved = x_q if recipe.act_block[1] == ALL else quantize(x.t(), E4M3, recipe.act_block, recipe.rule)
+        if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
+            x_q, saved = quantize_both(x, E4M3, measured_scale(x, E4M3))
+        elif recipe.act_block == (1, ALL):   # X^T is made of X when it is needed
+            x_q = saved = quantize(x, E4M3, recipe.act_block, recipe.rule)
+        else:   # blocks along the sum: X once more along T, from the unquantised X, so that nothing is rounded twice
+            x_q, saved = (quantize(z, E4M3, recipe.act_block, recipe.rule) for z in (x, x.t()))
         ctx.save_for_backward(saved.data, saved.scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
         return matmul(x_q, w, x.dtype)
@@ -183,27 +253,32 @@ class FP8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
-        saved = Quantized(*ctx.saved_tensors, recipe.act_block)
-        dy_q = quantize(dy, fmt, recipe.act_block, recipe.rule)
-        dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
-        if recipe.act_block[1] == ALL:
-            dy_t, x_t = transpose_for_wgrad(dy_q, saved, fmt)
+        x_t = Quantized(*ctx.saved_tensors, recipe.act_block)
+        if recipe.act_block == (ALL, ALL):
+            dy_q, dy_t = quantize_both(dy, fmt, measured_scale(dy, fmt))
+        elif recipe.act_block == (1, ALL):
+            dy_q = quantize(dy, fmt, recipe.act_block, recipe.rule)
+            dy_t, x_t = transpose_for_wgrad(dy_q, x_t, fmt)
         else:
-            dy_t, x_t = quantize(dy.t(), fmt, recipe.act_block, recipe.rule), saved
+            dy_q, dy_t = (quantize(z, fmt, recipe.act_block, recipe.rule) for z in (dy, dy.t()))
+        dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         return dx, matmul(dy_t, x_t, ctx.weight_dtype, promote=True), None, None, None
 
 
 def transpose_for_wgrad(dy, x, dy_fmt):
-    """Quantized dY (T, N), X (T, K), scales per row or per tensor -> dY^T (N, T), X^T (K, T), one scale per tensor.
+    """Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale per tensor.
 
     dW[n, k] = sum_t s_dy[t] s_x[t] dY[t, n] X[t, k]: the scales of a token cannot leave a sum over tokens. Their
     product, taken relative to its largest, is multiplied into dY^T, exactly as long as the result is normal: a
     token loses bits only where its whole share of dW is 2^-14 of another token's. X^T is X, moved.
+
+    This reads and writes FP8 twice, 93 us for 16384 x 4096 together with the quantiser. Writing rows and columns from
+    one reading of BF16 would need the largest scale before the first token is read; a kernel that reads a slab of
+    tokens twice, the second time out of the L2 cache, took 99 us for it.
     """
-    scale = dy.scale * x.scale                                    # (T, 1) or (1, 1)
+    scale = dy.scale * x.scale                                    # (T, 1)
     common = scale.amax().clamp(min=MIN_SCALE).view(1, 1)
-    factor = scale / common if dy.block[0] == 1 else None
-    dy_t = Quantized(transpose(dy.data, factor, dy_fmt), common, (ALL, ALL))
+    dy_t = Quantized(transpose(dy.data, scale / common, dy_fmt), common, (ALL, ALL))
     return dy_t, Quantized(transpose(x.data), torch.ones_like(common), (ALL, ALL))
 
 
@@ -217,10 +292,10 @@ def fp8_linear(x, weight, w, w_t, recipe):
 # What `python gemm_kernel.py` shows
 
 VARIANTS = {  # name: (block of A, block of B, scale rule, promote)
-    "epilogue only (moss)": ((1, ALL), (ALL, ALL), "up", False),
+    "epilogue only": ((1, ALL), (ALL, ALL), "up", False),
     "epilogue, promoted": ((1, ALL), (ALL, ALL), "up", True),
-    "in loop per 128 (group)": ((1, 128), (128, 128), "fp32", False),
-    "in loop per 32": ((1, 32), (1, 32), "floor", False),
+    "in loop, per 128": ((1, 128), (128, 128), "fp32", False),
+    "in loop, per 32": ((1, 32), (1, 32), "floor", False),
 }
 
 
@@ -228,46 +303,97 @@ def relative_error(y, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def operands(M, N, K, variant, device):
+def operands(M, N, K, variant, device, mean=0.0):
     """Random Quantized A (M, K) and B (N, K) for a variant."""
     block_a, block_b, rule, _ = VARIANTS[variant]
-    return (quantize_reference(torch.randn(M, K, device=device), E4M3, block_a, rule),
-            quantize_reference(torch.randn(N, K, device=device), E4M3, block_b, rule))
+    return (quantize_reference(torch.randn(M, K, device=device) + mean, E4M3, block_a, rule),
+            quantize_reference(torch.randn(N, K, device=device) + mean, E4M3, block_b, rule))
+
+
+def error_of(variant, M, N, K, device, mean=0.0):
+    """Of the FP32 output against float64, on the same FP8 operands. A strip of 512 rows shows it as well as all."""
+    a, b = operands(min(M, 512), N, K, variant, device, mean)
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    multiply = matmul_triton if HAS_TRITON else lambda a, b, dtype, _: matmul_reference(a, b, dtype)
+    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][3]), exact)
+
+
+def show_errors_on_a_cpu():
+    kernel = "the kernel in Triton's interpreter" if HAS_TRITON else "no Triton here: the PyTorch reference"
+    print(f"Errors on a CPU ({kernel}), where sums are kept in FP32; times need a GPU of compute capability 9.0\n")
+    for M, N, K in ((64, 96, 256), (100, 72, 2320)):
+        for variant in VARIANTS:
+            print(f"{f'{M} x {N} x {K}':>20}  {variant:20}{error_of(variant, M, N, K, 'cpu'):9.1e}")
+    print("\n-> All variants compute the same product, of operands that were scaled in different ways.")
+
+
+def layer_products(T=16384, d=4096, ffn=11008):
+    """The twelve products of a 7B layer: [(name, M, N, K)]."""
+    layers = {"qkv": (3 * d, d), "out": (d, d), "gate_up": (2 * ffn, d), "down": (d, ffn)}   # (N, K)
+    return [(f"{layer} {pass_}", *shape) for layer, (N, K) in layers.items()
+            for pass_, shape in (("fprop", (T, N, K)), ("dgrad", (T, K, N)), ("wgrad", (N, K, T)))]
+
+
+def times(functions, rounds=3):
+    """{name: function} -> {name: median ms}. A busy GPU slows down: every other round goes in the opposite order."""
+    from triton.testing import do_bench
+    ms = {name: [] for name in functions}
+    for i in range(rounds):
+        for name in list(functions)[::-1 if i % 2 else 1]:
+            ms[name].append(do_bench(functions[name], warmup=60, rep=60, return_mode="median"))
+    return {name: statistics.median(values) for name, values in ms.items()}
+
+
+def time_product(M, N, K, variants, fast):
+    """{name: median ms} of BF16, torch._scaled_mm and the variants, BF16 output, random data."""
+    x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
+    functions, one = {"BF16": lambda: x @ w.t()}, torch.ones((), device="cuda")
+    a, b = operands(M, N, K, "epilogue only", "cuda")
+    functions["_scaled_mm"] = lambda: torch._scaled_mm(a.data, b.data.t(), one, one, out_dtype=torch.bfloat16,
+                                                       use_fast_accum=fast)
+    for v in variants:
+        functions[v] = lambda v=v, ab=operands(M, N, K, v, "cuda"): matmul_triton(*ab, torch.bfloat16, VARIANTS[v][3])
+    if "in loop, per 32" in variants:   # what `mx` does here, the operands made ready in BF16
+        functions["per 32, in BF16"] = lambda ab=operands(M, N, K, "in loop, per 32", "cuda"): (
+            ab[0].dequantize(torch.bfloat16) @ ab[1].dequantize(torch.bfloat16).t())
+    return times(functions)
+
+
+def show_times():
+    """The twelve products as a training step computes them, then the other variants on the four of fprop."""
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}; BF16 output\n")
+    print(f"{'':15}{'M x N x K':>22}  {'scales':20}{'error':>8}      ms  TFLOP/s  x BF16  x _scaled_mm")
+    ratios = {}
+    for name, M, N, K in layer_products():
+        fprop = name.endswith("fprop")
+        ours = "epilogue only" if fprop else "epilogue, promoted"
+        ms = time_product(M, N, K, list(VARIANTS) if fprop else [ours], fast=fprop)
+        for variant, t in ms.items():
+            error = f"{error_of(variant, M, N, K, 'cuda'):8.1e}" if variant in VARIANTS else f"{'':8}"
+            print(f"{name:15}{f'{M} x {N} x {K}':>22}  {variant:20}{error}{t:8.3f}{2e-9 * M * N * K / t:9.0f}"
+                  f"{ms['BF16'] / t:8.2f}{ms['_scaled_mm'] / t:14.2f}")
+            row = "the twelve, as trained" if variant == ours else f"fprop, {variant}" if fprop else variant
+            ratios.setdefault(row, []).append((ms["BF16"] / t, ms["_scaled_mm"] / t))
+    print("\ngeometric means: x BF16, x _scaled_mm (fast accumulation in fprop, without it in dgrad and wgrad)")
+    for row, pairs in ratios.items():
+        print(f"  {row:28}" + "".join(f"{statistics.geometric_mean(column):8.3f}" for column in zip(*pairs)))
+    print("\nerror at K = 16384, and where all terms of a sum have one sign")
+    for variant in list(VARIANTS)[:3]:
+        errors = (error_of(variant, 512, 512, 16384, "cuda", mean) for mean in (0.0, 2.0))
+        print(f"  {variant:28}" + "".join(f"{error:9.1e}" for error in errors))
+    print("""
+-> error: of the FP32 output against float64, on the same FP8 operands. With scales outside the sum the main loop is
+   tensor-core work alone. Scales inside multiply every partial product of 32 or 128 by FP32 instructions, as many per
+   number as the tensor cores need for 32 or 128 products, and they wait for it. Folding (microscale.py) takes no time
+   here: what it does is done when the operand is quantised.""")
 
 
 def main():
-    gpu = has_fp8_tensor_cores("cuda") if torch.cuda.is_available() else False
-    device = "cuda" if gpu else "cpu"
     torch.manual_seed(0)
-    if gpu:
-        from triton.testing import do_bench
-        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
-        shapes = ((16384, 4096, 4096), (16384, 22016, 4096), (16384, 4096, 11008))
+    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+        show_times()
     else:
-        kernel = "the kernel in Triton's interpreter" if HAS_TRITON else "no Triton here: the PyTorch reference"
-        print(f"Errors on a CPU ({kernel}); times need a GPU of compute capability 9.0\n")
-        shapes = ((64, 96, 256), (100, 72, 1040))
-    multiply = matmul_triton if HAS_TRITON else lambda a, b, dtype, promote: matmul_reference(a, b, dtype)
-
-    print(f"{'M x N x K':>20}  {'scales':24}{'error':>9}" + ("      ms  TFLOP/s  x BF16" if gpu else ""))
-    for M, N, K in shapes:
-        if gpu:
-            x, w = (torch.randn(n, K, device=device, dtype=torch.bfloat16) for n in (M, N))
-            bf16 = do_bench(lambda: x @ w.t(), return_mode="median")
-            print(f"{f'{M} x {N} x {K}':>20}  {'BF16 (cuBLAS)':24}{'':>9}{bf16:8.3f}{2e-9 * M * N * K / bf16:9.0f}")
-        for variant, (_, _, _, promote) in VARIANTS.items():
-            # float64 of the whole product is slow, and a strip of it shows the same error
-            a, b = operands(min(M, 512), N, K, variant, device)
-            exact = a.dequantize().double() @ b.dequantize().double().t()
-            error = relative_error(multiply(a, b, torch.float32, promote), exact)
-            line = f"{f'{M} x {N} x {K}':>20}  {variant:24}{error:9.1e}"
-            if gpu:
-                a, b = operands(M, N, K, variant, device)
-                ms = do_bench(lambda: multiply(a, b, torch.bfloat16, promote), return_mode="median")
-                line += f"{ms:8.3f}{2e-9 * M * N * K / ms:9.0f}{bf16 / ms:8.2f}"
-            print(line)
-    print("\n-> error: against float64 on the same FP8 operands. With scales outside the sum the main loop is tensor-\n"
-          "   core work alone. Every rescale inside it makes the tensor cores wait for FP32 arithmetic on the tile.")
+        show_errors_on_a_cpu()
 
 
 if __name__ == "__main__":

@@ -119,10 +119,11 @@ def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`.
 
     C is the axis that will be summed over. For another axis, of length n, pass x.movedim(axis, -1).reshape(-1, n).
+    x is multiplied by 1 / scale, rounded once per block: on a GPU a quotient per value takes longer than reading it.
     """
     if scale is None:
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
-    data = to_grid(x.float() / expand_blocks(scale, x.shape, block), fmt)
+    data = to_grid(x.float() * expand_blocks(1 / scale, x.shape, block), fmt)
     return Quantized(data, scale.to(torch.float8_e8m0fnu) if stores_e8m0(block, rule) else scale, block)
 
 
@@ -189,6 +190,35 @@ def transpose_reference(q, row_factor=None, fmt=E4M3):
 
 
 # ---------------------------------------------------------------------------------------------------
+# What comes before a linear layer, and its quantiser, as one operation
+
+NORM_EPS = 1e-5
+PRODUCERS = {  # name: (x (R, width), weight (width) or None) -> the rows that a linear layer reads
+    "none": lambda x, weight: x,
+    "rms": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, NORM_EPS),
+    "layer": lambda x, weight: F.layer_norm(x, x.shape[-1:], eps=NORM_EPS),
+    "swiglu": lambda x, weight: F.silu(x[:, :x.shape[1] // 2]) * x[:, x.shape[1] // 2:],
+}
+
+
+def produce_rows_reference(x, producer, weight=None, fmt=E4M3):
+    """x (R, width) -> Quantized with a power of two per row: the producer in float32, then the quantiser of `moss`."""
+    weight = None if weight is None else weight.float()
+    return quantize_reference(PRODUCERS[producer](x.float(), weight), fmt, (1, ALL), "up")
+
+
+def swiglu_backward_reference(h, da, fmt=E4M3):
+    """h = [gate, up] (R, 2 F), da (R, F), the gradient of a = silu(gate) up -> that of h, Quantized, a scale per row.
+
+    With sigma = sigmoid(gate):  d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma.
+    """
+    gate, up = h.float().chunk(2, dim=1)
+    sigma, da = gate.sigmoid(), da.float()
+    d_gate = da * up * (sigma + gate * sigma * (1 - sigma))
+    return quantize_reference(torch.cat((d_gate, da * gate * sigma), dim=1), fmt, (1, ALL), "up")
+
+
+# ---------------------------------------------------------------------------------------------------
 # The same on a GPU: one pass over the input
 
 def has_fp8_tensor_cores(device):
@@ -199,13 +229,48 @@ def has_fp8_tensor_cores(device):
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) -> Quantized, as `quantize_reference`: by the kernel below on a GPU that has one."""
+    """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores."""
     if scale is None and block == (ALL, ALL):
-        scale = scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
-    by_rows = scale is not None or block[0] == 1
-    if has_fp8_tensor_cores(x.device) and by_rows and x.shape[1] <= MAX_COLUMNS and x.numel() < MAX_ELEMENTS:
-        return quantize_triton(x, fmt, block, rule, scale)
+        scale = measured_scale(x, fmt, rule)
+    if has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS:
+        if scale is None and block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
+            return produce_rows_triton(x, "none", None, fmt, rule)
+        if scale is not None or block[0] == 1 and block[1] != ALL:
+            return quantize_triton(x, fmt, block, rule, scale)
     return quantize_reference(x, fmt, block, rule, scale)
+
+
+def quantize_both(x, fmt, scale):
+    """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R) from one reading of x."""
+    if has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS:
+        return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
+    q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
+    return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
+
+
+def measured_scale(x, fmt, rule="fp32"):
+    """The scale (1, 1) of the whole tensor, by a pass of its own over it."""
+    return scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
+
+
+def produce_rows(x, producer, weight=None, fmt=E4M3):
+    """x (R, width), weight (width) of "rms" -> Quantized, as `produce_rows_reference`. Else ValueError."""
+    if producer not in PRODUCERS:
+        raise ValueError(f"producer {producer!r} is unknown: choose one of {', '.join(PRODUCERS)}")
+    if producer == "rms" and weight is not None and weight.shape != x.shape[1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: rows of {x.shape[1]} need as many weights")
+    if has_fp8_tensor_cores(x.device) and x.shape[1] <= MAX_COLUMNS and x.numel() < MAX_ELEMENTS:
+        return produce_rows_triton(x, producer, weight, fmt)
+    return produce_rows_reference(x, producer, weight, fmt)
+
+
+def swiglu_backward(h, da, fmt=E4M3):
+    """h (R, 2 F), da (R, F) -> Quantized gradient of h, as `swiglu_backward_reference`. ValueError for other shapes."""
+    if h.shape != (da.shape[0], 2 * da.shape[1]):
+        raise ValueError(f"h {tuple(h.shape)} must be twice as wide as da {tuple(da.shape)}: gate and up side by side")
+    if has_fp8_tensor_cores(h.device) and h.shape[1] <= MAX_COLUMNS and h.numel() < MAX_ELEMENTS:
+        return swiglu_backward_triton(h, da, fmt)
+    return swiglu_backward_reference(h, da, fmt)
 
 
 def transpose(q, row_factor=None, fmt=E4M3):
@@ -215,8 +280,8 @@ def transpose(q, row_factor=None, fmt=E4M3):
     return transpose_reference(q, row_factor, fmt)
 
 
-MAX_COLUMNS = 65536   # a row per program has to fit into its registers
-MAX_ELEMENTS = 2**31  # columns are addressed with 32 bits
+MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
+MAX_ELEMENTS = 2**31  # more than these are left to PyTorch
 
 if HAS_TRITON:
     # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first. On a
@@ -244,66 +309,178 @@ if HAS_TRITON:
             return x.to(tl.float8e5)
 
     @triton.jit
-    def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
+    def magnitude(x):
+        """|x| as integers, which sort like the numbers, Inf above them and NaN above Inf: no NaN is lost by max."""
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+    @triton.jit
+    def scale_of(amax, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
+        """`scale_from_amax` of magnitudes (R, B) int32 -> (scale, 1 / scale), float32."""
+        fmt_max: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
+        emax: tl.constexpr = 8 if IS_E4M3 else 15
+        smallest: tl.constexpr = fmt_max * 2.0**-126
+        amax = tl.maximum(amax, tl.full((1, 1), smallest, tl.float32).to(tl.int32, bitcast=True))
+        if RULE == "fp32":
+            scale = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full((1, 1), fmt_max, tl.float32))
+            inverse = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale)
+        else:
+            rounded = amax
+            if RULE == "up":  # a mantissa above that of fmt_max (1.75) carries into the exponent
+                rounded += 0x1FFFFF
+            exponent = (rounded & 0x7F800000) - (emax << 23)
+            scale = exponent.to(tl.float32, bitcast=True)
+            inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        finite = amax < 0x7F800000
+        return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
+
+    @triton.jit
+    def _quantize_kernel(x_ptr, q_ptr, t_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
                          ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
-                         FMT_MAX: tl.constexpr, EMAX: tl.constexpr, IS_E4M3: tl.constexpr,
-                         AS_E8M0: tl.constexpr, INTERPRETED: tl.constexpr):
-        """One tile (ROWS, COLS) of x: amax per GROUP columns, scale, FP8. x is read once, in any layout."""
+                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr, INTERPRETED: tl.constexpr):
+        """One tile (ROWS, COLS) of x, read once in any layout: a scale per GROUP columns, or a given one; FP8."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = (r < R)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
-
         if RULE == "given":
-            scaled = tl.div_rn(x, tl.load(scale_ptr))
+            q = to_fp8(x * tl.div_rn(1.0, tl.load(scale_ptr)), IS_E4M3, INTERPRETED)
         else:
-            # As integers |x| sort like numbers, Inf above them and NaN above Inf: no NaN is lost by max.
-            magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            amax = tl.max(tl.reshape(magnitude, (ROWS, COLS // GROUP, GROUP)), axis=2)  # (ROWS, groups)
-            smallest: tl.constexpr = FMT_MAX * 2.0**-126
-            amax = tl.maximum(amax, tl.full((1, 1), smallest, tl.float32).to(tl.int32, bitcast=True))
-            if RULE == "fp32":
-                scale = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full((1, 1), FMT_MAX, tl.float32))
-            else:
-                if RULE == "up":  # a mantissa above that of FMT_MAX (1.75) carries into the exponent
-                    exponent = (amax + 0x1FFFFF) & 0x7F800000
-                else:
-                    exponent = amax & 0x7F800000
-                scale = (exponent - (EMAX << 23)).to(tl.float32, bitcast=True)
-            scale = tl.where(amax < 0x7F800000, scale, float("nan"))
             x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
-            if RULE == "fp32":
-                scaled = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], (ROWS, COLS // GROUP, GROUP)))
-            else:  # 1 / 2^k is exact, and a product is cheaper than a quotient
-                inverse = ((254 << 23) - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-                scaled = x * tl.where(scale == scale, inverse, scale)[:, :, None]
-            scaled = tl.reshape(scaled, (ROWS, COLS))
+            scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, IS_E4M3)    # (ROWS, COLS / GROUP)
+            q = to_fp8(tl.reshape(x * inverse[:, :, None], (ROWS, COLS)), IS_E4M3, INTERPRETED)
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
             tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale, mask=(r < R)[:, None] & (g < groups)[None, :])
-        tl.store(q_ptr + r[:, None] * C + c[None, :], to_fp8(scaled, IS_E4M3, INTERPRETED), mask=inside)
+        tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
+        if BOTH:
+            tl.store(t_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
-    def quantize_triton(x, fmt, block, rule, scale=None):
-        """`quantize_reference` in one read of x (R, C), any strides. Blocks are 1 x n, or `scale` (1, 1) is given."""
+    def quantize_triton(x, fmt, block, rule, scale=None, both=False):
+        """`quantize_reference` in one read of x (R, C), any strides. Blocks are 1 x n, or `scale` (1, 1) is given.
+
+        both: also return x^T (needs a given scale, which serves along both axes).
+        """
         R, C = x.shape
         if scale is not None:
-            rows, cols, group, groups, rule = 16, 256, 256, 1, "given"
-        elif block[1] == ALL:  # whole rows, several of them if they are short
-            cols = group = max(triton.next_power_of_2(C), 16)
-            rows, groups = max(2048 // cols, 1), 1
+            rows, cols, group, groups, rule = 64, 128, 128, 1, "given"
         else:
             rows, cols, group, groups = 16, 256, block[1], triton.cdiv(C, block[1])
         e8m0 = scale is None and stores_e8m0(block, rule)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
+        t = torch.empty(C, R, device=x.device, dtype=fmt.dtype) if both else None
         if scale is None:
             scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
-        grid = (triton.cdiv(R, rows), triton.cdiv(C, cols))
-        _quantize_kernel[grid](x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
-                               ROWS=rows, COLS=cols, GROUP=group, RULE=rule, FMT_MAX=fmt.max, EMAX=fmt.emax,
-                               IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, INTERPRETED=INTERPRETED,
-                               num_warps=4 if cols <= 4096 else 8 if cols <= 16384 else 16)
-        return Quantized(q, scale, block)
+        _quantize_kernel[(triton.cdiv(R, rows), triton.cdiv(C, cols))](
+            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
+            ROWS=rows, COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both,
+            INTERPRETED=INTERPRETED, num_warps=4)
+        return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
+
+    @triton.jit
+    def load_row(ptr, r, c, R, C, stride_r, stride_c, offset):
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        at = r[:, None] * stride_r + (offset + c).to(tl.int64)[None, :] * stride_c
+        return tl.load(ptr + at, mask=inside, other=0.0)
+
+    @triton.jit
+    def produce(x_ptr, r, c, R, C, stride_r, stride_c, PRODUCER: tl.constexpr):
+        """Columns c of rows r before any norm, (ROWS, len(c)) float32."""
+        x = load_row(x_ptr, r, c, R, C, stride_r, stride_c, 0).to(tl.float32)
+        if PRODUCER == "swiglu":
+            x = x * tl.sigmoid(x) * load_row(x_ptr, r, c, R, C, stride_r, stride_c, C).to(tl.float32)
+        return x
+
+    @triton.jit
+    def store_row(q_ptr, x, r, c, R, C, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        tl.store(q_ptr + r[:, None] * C + c[None, :], to_fp8(x, IS_E4M3, INTERPRETED), mask=inside)
+
+    @triton.jit
+    def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, PRODUCER: tl.constexpr,
+                     ROWS: tl.constexpr, COLS0: tl.constexpr, COLS1: tl.constexpr, RULE: tl.constexpr,
+                     IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+        """Whole rows: read, norm or SwiGLU, amax, scale, FP8. A row waits in registers for its maximum.
+
+        It is held in two parts, of COLS0 and COLS1 columns, because sizes are powers of two: 11008 = 8192 + 2816 fills
+        8192 + 4096 lanes, and one part would leave a third of 16384 idle, which costs a quarter of the bandwidth.
+        """
+        r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        c0 = tl.arange(0, COLS0)
+        c1 = COLS0 + tl.arange(0, COLS1)
+        x0 = produce(x_ptr, r, c0, R, C, stride_r, stride_c, PRODUCER)
+        x1 = produce(x_ptr, r, c1, R, C, stride_r, stride_c, PRODUCER)
+        if PRODUCER == "layer":
+            mean = (tl.sum(x0, axis=1) + tl.sum(x1, axis=1)) / C
+            x0 = tl.where((c0 < C)[None, :], x0 - mean[:, None], 0.0)
+            x1 = tl.where((c1 < C)[None, :], x1 - mean[:, None], 0.0)
+        if PRODUCER == "layer" or PRODUCER == "rms":
+            variance = (tl.sum(x0 * x0, axis=1) + tl.sum(x1 * x1, axis=1)) / C
+            x0 *= tl.rsqrt(variance + eps)[:, None]
+            x1 *= tl.rsqrt(variance + eps)[:, None]
+        if PRODUCER == "rms" and weight_ptr is not None:
+            x0 *= tl.load(weight_ptr + c0, mask=c0 < C, other=0.0).to(tl.float32)[None, :]
+            x1 *= tl.load(weight_ptr + c1, mask=c1 < C, other=0.0).to(tl.float32)[None, :]
+        amax = tl.maximum(tl.max(magnitude(x0), axis=1), tl.max(magnitude(x1), axis=1))
+        scale, inverse = scale_of(amax[:, None], RULE, IS_E4M3)      # (ROWS, 1)
+        tl.store(scale_ptr + r[:, None], scale, mask=(r < R)[:, None])
+        store_row(q_ptr, x0 * inverse, r, c0, R, C, IS_E4M3, INTERPRETED)
+        store_row(q_ptr, x1 * inverse, r, c1, R, C, IS_E4M3, INTERPRETED)
+
+    @triton.jit
+    def swiglu_gradients(h_ptr, da_ptr, r, c, R, F):
+        gate = load_row(h_ptr, r, c, R, F, 2 * F, 1, 0).to(tl.float32)
+        up = load_row(h_ptr, r, c, R, F, 2 * F, 1, F).to(tl.float32)
+        da = load_row(da_ptr, r, c, R, F, F, 1, 0).to(tl.float32)
+        sigma = tl.sigmoid(gate)
+        return da * up * (sigma + gate * sigma * (1 - sigma)), da * gate * sigma
+
+    @triton.jit
+    def _swiglu_backward_kernel(h_ptr, da_ptr, q_ptr, scale_ptr, R, F, ROWS: tl.constexpr, COLS0: tl.constexpr,
+                                COLS1: tl.constexpr, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+        """`swiglu_backward_reference`, in two parts as above."""
+        r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        c0 = tl.arange(0, COLS0)
+        c1 = COLS0 + tl.arange(0, COLS1)
+        gate0, up0 = swiglu_gradients(h_ptr, da_ptr, r, c0, R, F)
+        gate1, up1 = swiglu_gradients(h_ptr, da_ptr, r, c1, R, F)
+        amax = tl.maximum(tl.maximum(tl.max(magnitude(gate0), axis=1), tl.max(magnitude(gate1), axis=1)),
+                          tl.maximum(tl.max(magnitude(up0), axis=1), tl.max(magnitude(up1), axis=1)))
+        scale, inverse = scale_of(amax[:, None], "up", IS_E4M3)
+        tl.store(scale_ptr + r[:, None], scale, mask=(r < R)[:, None])
+        q_ptr += r[:, None] * F    # the row of q is twice as long as store_row thinks
+        store_row(q_ptr, gate0 * inverse, r, c0, R, F, IS_E4M3, INTERPRETED)
+        store_row(q_ptr, gate1 * inverse, r, c1, R, F, IS_E4M3, INTERPRETED)
+        store_row(q_ptr + F, up0 * inverse, r, c0, R, F, IS_E4M3, INTERPRETED)
+        store_row(q_ptr + F, up1 * inverse, r, c1, R, F, IS_E4M3, INTERPRETED)
+
+    def row_tiling(C):
+        """(rows per program, columns of the first part, of the second)."""
+        first = max(1 << (C.bit_length() - 1), 16)
+        return max(2048 // first, 1), first, max(triton.next_power_of_2(C - first), 16)
+
+    def produce_rows_triton(x, producer, weight=None, fmt=E4M3, rule="up"):
+        """`produce_rows_reference` in one read of x (R, width), any strides."""
+        R, C = x.shape[0], x.shape[1] // (2 if producer == "swiglu" else 1)
+        weight = None if weight is None else weight.contiguous()
+        q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
+        scale = torch.empty(R, 1, device=x.device)
+        rows, cols0, cols1 = row_tiling(C)
+        _rows_kernel[(triton.cdiv(R, rows),)](
+            x, weight, q, scale, R, C, x.stride(0), x.stride(1), NORM_EPS, PRODUCER=producer, ROWS=rows, COLS0=cols0,
+            COLS1=cols1, RULE=rule, IS_E4M3=fmt is E4M3, INTERPRETED=INTERPRETED,
+            num_warps=16 if producer == "swiglu" and C > 4096 else 4 if C <= 4096 else 8)
+        return Quantized(q, scale, (1, ALL))
+
+    def swiglu_backward_triton(h, da, fmt=E4M3):
+        R, F = da.shape
+        q = torch.empty(R, 2 * F, device=h.device, dtype=fmt.dtype)
+        scale = torch.empty(R, 1, device=h.device)
+        rows, cols0, cols1 = row_tiling(F)
+        _swiglu_backward_kernel[(triton.cdiv(R, rows),)](
+            h.contiguous(), da.contiguous(), q, scale, R, F, ROWS=rows, COLS0=cols0, COLS1=cols1, IS_E4M3=fmt is E4M3,
+            INTERPRETED=INTERPRETED, num_warps=16 if F > 4096 else 4)
+        return Quantized(q, scale, (1, ALL))
 
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
@@ -321,9 +498,9 @@ if HAS_TRITON:
     def transpose_triton(q, row_factor=None, fmt=E4M3):
         R, C = q.shape
         out = torch.empty(C, R, device=q.device, dtype=q.dtype)
-        grid = (triton.cdiv(R, 128), triton.cdiv(C, 128))
+        grid = (triton.cdiv(R, 64), triton.cdiv(C, 256))
         _transpose_kernel[grid](q, row_factor, out, R, C, HAS_FACTOR=row_factor is not None, IS_E4M3=fmt is E4M3,
-                                BLOCK_R=128, BLOCK_C=128, INTERPRETED=INTERPRETED, num_warps=8)
+                                BLOCK_R=64, BLOCK_C=256, INTERPRETED=INTERPRETED, num_warps=8)
         return out
 
 
@@ -469,6 +646,31 @@ def plot_sqnr(data, path):
     print(f"wrote {path}")
 
 
+def show_bandwidth(T=16384, d=4096, ffn=11008):
+    """Every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
+    from triton.testing import do_bench
+    shapes = (T, d), (T, 2 * ffn), (T, ffn), (d,)
+    x, h, da, row = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    q, scale = quantize(x, E4M3, (1, ALL), "up"), torch.full((1, 1), 0.01, device="cuda")
+    factor = q.scale / q.scale.max()
+    kernels = {  # name: (function, bytes it has to move)
+        "quantise rows": (lambda: quantize(x, E4M3, (1, ALL), "up"), 3 * T * d),
+        "quantise 1 x 128": (lambda: quantize(x, E4M3, (1, 128), "fp32"), 3 * T * d),
+        "RMSNorm, quantise rows": (lambda: produce_rows(x, "rms", row), 3 * T * d),
+        "LayerNorm, quantise rows": (lambda: produce_rows(x, "layer"), 3 * T * d),
+        "SwiGLU, quantise rows": (lambda: produce_rows(h, "swiglu"), 5 * T * ffn),
+        "SwiGLU backward, quantise rows": (lambda: swiglu_backward(h, da), 8 * T * ffn),
+        "quantise X and X^T, scale given": (lambda: quantize_both(x, E4M3, scale), 4 * T * d),
+        "FP8 X to X^T, a factor per row": (lambda: transpose(q.data, factor), 2 * T * d)}
+    print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
+    print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
+    for name, (function, nbytes) in kernels.items():
+        source = torch.randn(nbytes // 4, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        ms, copy = (do_bench(f, return_mode="median") for f in (function, lambda: target.copy_(source)))
+        print(f"   {name:34}{1e3 * ms:7.0f}{nbytes / ms * 1e-9:7.2f}{copy / ms:8.0%}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Scales of every recipe, and what they keep of a tensor.")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw table 1 for the real tensors (needs matplotlib)")
@@ -480,5 +682,7 @@ if __name__ == "__main__":
         for name, x in (synthetic_data() | real).items():
             print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
         print(f"-> {reading}\n")
+    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+        show_bandwidth()
     if args.plot:
         plot_sqnr(real, args.plot)

@@ -39,6 +39,46 @@ def test_kernel_equals_float64_on_the_same_fp8_operands(variant, M, N, K, promot
 
 
 @needs_triton
+@pytest.mark.parametrize("M, N", [(3, 5), (70, 200)])
+def test_setting_partial_sums_aside_loses_nothing(M, N):
+    a, b, exact = quantised_pair(M, N, 5 * 2048 + 48, "moss")   # five times, and a rest
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-6              # of 2048 terms in the tensor core; FP32 elsewhere
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote=True), exact) < tolerance
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M, N", [(1, 1), (50, 36), (17, 130), (140, 264)])   # rows that TMA can write, and others
+def test_a_residual_is_added_before_the_result_is_rounded(M, N, dtype):
+    a, b, exact = quantised_pair(M, N, 256, "moss")
+    residual = 100 * torch.randn(M, N, device=DEVICE, dtype=dtype)
+    got = gk.matmul_triton(a, b, torch.float32, add=residual)
+    assert gk.relative_error(got, exact + residual.double()) < 1e-4
+    assert gk.relative_error(gk.matmul(a, b, torch.float32, add=residual), exact + residual.double()) < 1e-4
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", ["tensor", "group, wgrad", "per 32"])
+@pytest.mark.parametrize("multiply", [gk.matmul, gk.matmul_triton])
+def test_products_of_micro_batches_accumulate_in_float32_in_place(variant, multiply):
+    gradient, total = torch.zeros(40, 72, device=DEVICE), torch.zeros(40, 72, dtype=torch.float64, device=DEVICE)
+    for K in (32, 64, 128):
+        a, b, exact = quantised_pair(40, 72, K, variant)
+        assert multiply(a, b, torch.float32, promote=True, add=gradient, out=gradient) is gradient
+        total += exact
+    tolerance = 3e-3 if DEVICE == "cuda" else 1e-6   # per 32 multiplies in BF16 on a GPU and rounds each product
+    assert gk.relative_error(gradient, total) < tolerance
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["add", "out"])
+def test_what_is_added_to_must_have_the_shape_of_the_product(name):
+    a, b, _ = quantised_pair(16, 32, 64, "moss")
+    with pytest.raises(ValueError, match=rf"{name} has shape \(32, 16\).*\(16, 32\) is needed"):
+        gk.matmul_triton(a, b, torch.float32, **{name: torch.zeros(32, 16, device=DEVICE)})
+
+
+@needs_triton
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
 def test_kernel_multiplies_e4m3_with_either_format(fmt):
     a, b, exact = quantised_pair(48, 80, 256, "moss", fmt)
@@ -52,6 +92,8 @@ def test_the_largest_tiles_fit_into_shared_memory_with_float32_output(variant, p
     M, N = (2100, 4200) if DEVICE == "cuda" else (300, 600)   # enough tiles of 128 x 256 for every SM, ragged
     a, b, exact = quantised_pair(M, N, 272, variant)
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < 1e-3
+    residual = torch.randn(M, N, device=DEVICE)
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote, residual), exact + residual) < 1e-3
 
 
 @pytest.mark.gpu   # the interpreter cuts bits off where a GPU rounds to BF16
@@ -116,18 +158,24 @@ def test_output_and_each_gradient_are_close_to_the_unquantised_layer(name, T, N,
     assert {k: sqnr(exact[k], got[k]) > lowest[k] for k in got} == {k: True for k in got}
 
 
-@pytest.mark.parametrize("name", ["tensor", "moss"])
-def test_each_product_is_exact_on_the_operands_as_quantised(name):
-    """tensor and moss use one FP8 copy of X and of dY for all products, so the whole layer can be written down."""
-    x, weight, (w, w_t), dy = linear_case(name, 64, 96, 128)
+@pytest.mark.parametrize("name", FP8_RECIPES)
+@pytest.mark.parametrize("T, N, K", [(64, 96, 128), (48, 32, 272), (16, 144, 80)])
+def test_each_product_is_exact_on_the_operands_as_quantised(name, T, N, K):
+    """tensor and moss use one FP8 copy of X and of dY for all products, group and mx one for each axis."""
+    x, weight, (w, w_t), dy = linear_case(name, T, N, K)
     got = run_linear(name, x, weight, (w, w_t), dy)
     recipe = RECIPES[name]
-    X = quantize_reference(x.detach(), E4M3, recipe.act_block, recipe.rule)
-    dY = quantize_reference(dy, gk.FORMATS[recipe.grad_format], recipe.act_block, recipe.rule)
-    X, W, dY = (q.dequantize().double() for q in (X, w, dY))
-    exact = {"output": X @ W.t(), "x.grad": dY @ W, "weight.grad": dY.t() @ X}
+
+    def quantised(z, fmt=E4M3):
+        return quantize_reference(z.detach(), fmt, recipe.act_block, recipe.rule).dequantize().double()
+
+    fmt, once = gk.FORMATS[recipe.grad_format], name in ("tensor", "moss")
+    dY, W, W_t = quantised(dy, fmt), w.dequantize().double(), w_t.dequantize().double()
+    dY_t, X_t = (dY.t(), quantised(x).t()) if once else (quantised(dy.t(), fmt), quantised(x.t()))
+    exact = {"output": quantised(x) @ W.t(), "x.grad": dY @ W_t.t(), "weight.grad": dY_t @ X_t.t()}
     # In wgrad moss multiplies the token scales into dY^T, which may turn subnormal: 2^-14 of the largest token.
-    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5
+    # mx multiplies in BF16 on a GPU, and its gradient of the weight is rounded to BF16 before it is float32.
+    tolerance = (3e-3 if name == "mx" else 1e-3) if DEVICE == "cuda" else 1e-5
     for what, value in got.items():
         assert gk.relative_error(value, exact[what]) < tolerance, what
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE
+from torch.nn import functional as F
 
 import microscale as ms
 from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
@@ -12,6 +13,7 @@ from microscale import ALL, RECIPES
 
 FP8 = {"e4m3": E4M3, "e5m2": E5M2}
 SHAPES = [(1, 16), (5, 48), (33, 160), (64, 300), (7, 1)]
+ROWS = [(7, 1), (130, 16), (5, 48), (9, 300), (5, 1000), (3, 1024), (3, 2049)]   # kernels hold rows in two parts
 BLOCKS = [((1, 32), "floor"), ((1, 32), "up"), ((1, 128), "fp32"), ((1, ALL), "up"), ((1, ALL), "fp32")]
 
 needs_triton = pytest.mark.skipif(not ms.HAS_TRITON, reason="Triton is not installed")
@@ -32,6 +34,22 @@ def assert_same(a, b):
     torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=0, atol=0, equal_nan=True)
     fine = ms.expand_blocks(a.scale.float(), a.data.shape, a.block).isfinite().expand(a.data.shape)
     assert torch.equal(a.data.view(torch.uint8)[fine], b.data.view(torch.uint8)[fine])
+
+
+def assert_rounds(q, x, fmt):
+    """q is x (R, C) under a power of two per row, give or take what float32 may do to x on another route.
+
+    Sums in another order and an approximate sigmoid (|gate| <= 32 here) move a value by less than 2^-18 of itself,
+    and by 2^-22 of its row's maximum where terms cancel. Rounding is monotone, so a code lies between those of the
+    two ends. Codes that differ sit next to a tie, which is rare: 1% at most.
+    """
+    exact = ms.quantize_reference(x.float(), fmt, (1, ALL), "up")
+    assert q.data.dtype == fmt.dtype and q.block == (1, ALL)
+    assert torch.equal(q.scale, exact.scale)   # no maximum drawn here lies that close to fmt.max 2^k
+    slack = 2**-18 * x.abs() + 2**-22 * x.abs().amax(1, keepdim=True)
+    low, high = (ms.cast((x + end) / q.scale, fmt).float() for end in (-slack, slack))
+    assert ((low <= q.data.float()) & (q.data.float() <= high)).all()
+    assert (q.data.float() != exact.data.float()).float().mean() <= 0.01
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -65,6 +83,21 @@ def test_fp32_rule_puts_the_maximum_of_each_block_exactly_on_the_largest_number(
     x = random_rows(8, 256) + 1.0
     q = ms.quantize_reference(x, E4M3, (1, 128), "fp32")
     assert (q.data.float().abs().view(8, 2, 128).amax(-1) == 448).all()
+
+
+@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
+def test_the_rounded_reciprocal_of_an_fp32_scale_still_puts_any_maximum_on_the_largest_number(fmt):
+    x = torch.linspace(1, 2, 4097) * 2.0**torch.tensor([-110, -7, 0, 9, 127])[:, None]   # blocks of one value
+    x = x[x.isfinite()].view(-1, 1)
+    assert (ms.quantize_reference(x, fmt, (1, ALL), "fp32").data.float() == fmt.max).all()
+
+
+@pytest.mark.parametrize("rule", ["fp32", "floor", "up"])
+def test_a_scale_measured_in_a_pass_of_its_own_is_that_of_the_whole_tensor(rule):
+    for x in (random_rows(33, 160), random_rows(33, 160).bfloat16(), random_rows(33, 160).t()[3:50]):
+        expected = ms.scale_from_amax(ms.block_amax(x, (ALL, ALL)), E4M3, rule)
+        assert torch.equal(ms.measured_scale(x, E4M3, rule), expected) and expected.shape == (1, 1)
+    assert ms.measured_scale(torch.tensor([[1.0, float("nan")]]), E4M3, rule).isnan()
 
 
 @pytest.mark.parametrize("rule", ["fp32", "floor", "up"])
@@ -300,6 +333,85 @@ def test_powers_of_two_share_one_grid_so_a_second_rounding_along_the_other_axis_
 
 
 # ---------------------------------------------------------------------------------------------------
+# What comes before a linear layer
+
+EQUATIONS = {
+    "rms": lambda x, w: x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w,
+    "layer": lambda x, w: (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
+    "swiglu": lambda x, w: x.chunk(2, 1)[0] / (1 + (-x.chunk(2, 1)[0]).exp()) * x.chunk(2, 1)[1],
+}
+PRODUCE = ["produce_rows", "produce_rows_reference", pytest.param("produce_rows_triton", marks=needs_triton)]
+BACKWARD = ["swiglu_backward", "swiglu_backward_reference", pytest.param("swiglu_backward_triton", marks=needs_triton)]
+
+
+def layouts(R, width, **kwargs):
+    """Rows with a mean, |x| <= 32: float32, bfloat16, columns of a wider tensor, a transpose."""
+    wide, tall = (random_rows(*shape, **kwargs).clamp(-24, 24) for shape in ((R, width + 5), (width, R)))
+    wide, tall = wide + wide.abs() / 4, tall + tall.abs() / 4
+    return wide[:, :width].contiguous(), wide[:, :width].bfloat16(), wide[:, 3:width + 3], tall.t()
+
+
+def swiglu_gradient(h, da):
+    """By autograd."""
+    h = h.detach().requires_grad_()
+    gate, up = h.chunk(2, dim=1)
+    return torch.autograd.grad(F.silu(gate) * up, h, da)[0]
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("producer", EQUATIONS)
+def test_produced_rows_are_the_equation_in_float32_then_the_quantiser(producer, shape):
+    R, width = shape[0], shape[1] * (2 if producer == "swiglu" else 1)
+    weight = random_rows(1, width, seed=1)[0]
+    for x in layouts(R, width):
+        w = weight.to(x.dtype)
+        assert_rounds(ms.produce_rows_reference(x, producer, w), EQUATIONS[producer](x.double(), w.double()), E4M3)
+
+
+def test_swiglu_reads_the_gate_from_the_first_half_and_up_from_the_second():
+    x = torch.tensor([[0.0, 64.0, 3.0, 3.0]])   # silu(0) = 0, silu(64) = 64
+    assert ms.produce_rows_reference(x, "swiglu").dequantize().tolist() == [[0.0, 192.0]]
+
+
+def test_swiglu_backward_is_the_gradient_that_autograd_gives():
+    for h, da in zip(layouts(64, 600), layouts(64, 300, seed=1)):
+        q, gradient = ms.swiglu_backward_reference(h, da), swiglu_gradient(h.double(), da.double())
+        assert_rounds(q, gradient, E4M3)
+        assert ms.sqnr(gradient, q.dequantize(), group=600) > 30   # rounded once: E4M3 has 31 to 32 dB
+
+
+@pytest.mark.parametrize("name", PRODUCE)
+@pytest.mark.parametrize("producer", ms.PRODUCERS)
+def test_produced_rows_of_zeros_are_zeros(producer, name):
+    q = getattr(ms, name)(torch.zeros(3, 96, device=DEVICE), producer, torch.ones(96, device=DEVICE))
+    assert (q.dequantize() == 0).all() and q.scale.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")   # NumPy's, in Triton's interpreter
+@pytest.mark.parametrize("name", PRODUCE)
+@pytest.mark.parametrize("producer", ms.PRODUCERS)
+def test_nan_and_inf_spoil_the_row_that_is_produced_from_them_and_no_other(producer, name):
+    x, weight = random_rows(7, 600, device=DEVICE).clamp(-24, 24), torch.ones(600, device=DEVICE)
+    fine = getattr(ms, name)(x, producer, weight)
+    x[0, 3], x[2, 599], x[4, 290] = float("nan"), float("inf"), float("-inf")   # in either part of the row
+    q = getattr(ms, name)(x, producer, weight)
+    assert q.scale[:5:2].isnan().all() and q.dequantize()[:5:2].isnan().all()
+    assert torch.equal(q.dequantize()[[1, 3, 5, 6]], fine.dequantize()[[1, 3, 5, 6]])
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_swiglu_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(name):
+    h, da = random_rows(7, 600, device=DEVICE).clamp(-24, 24), random_rows(7, 300, seed=1, device=DEVICE)
+    h[5], da[6] = 0, 0
+    fine = getattr(ms, name)(h, da)
+    assert (fine.dequantize()[5:] == 0).all() and fine.scale.isfinite().all()
+    h[0, 3], h[2, 599], da[4, 290] = float("nan"), float("-inf"), float("inf")
+    q = getattr(ms, name)(h, da)
+    assert q.scale[:5:2].isnan().all() and q.dequantize()[:5:2].isnan().all()
+    assert torch.equal(q.dequantize()[[1, 3, 5, 6]], fine.dequantize()[[1, 3, 5, 6]])
+
+
+# ---------------------------------------------------------------------------------------------------
 # What the tables say
 
 def test_sqnr_of_a_known_error():
@@ -345,6 +457,12 @@ def test_plot_says_what_is_missing(monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 # The kernels give the same bits
 
+def quantize_by_kernel(x, fmt, block, rule):
+    if block == (1, ALL):
+        return ms.produce_rows_triton(x, "none", None, fmt, rule)
+    return ms.quantize_triton(x, fmt, block, rule)
+
+
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
@@ -352,7 +470,7 @@ def test_plot_says_what_is_missing(monkeypatch):
 def test_quantise_kernel_equals_reference_bit_for_bit(shape, fmt, block, rule):
     x = random_rows(*shape, device=DEVICE)
     for layout in (x, x.t().contiguous().t(), x.bfloat16()):
-        assert_same(ms.quantize_triton(layout, fmt, block, rule), ms.quantize_reference(layout, fmt, block, rule))
+        assert_same(quantize_by_kernel(layout, fmt, block, rule), ms.quantize_reference(layout, fmt, block, rule))
 
 
 @needs_triton
@@ -361,7 +479,7 @@ def test_quantise_kernel_equals_reference_bit_for_bit(shape, fmt, block, rule):
 def test_quantise_kernel_passes_nan_and_inf_on(fmt, block, rule):
     x = random_rows(6, 96, device=DEVICE)
     x[0, 3], x[2, 40], x[4, 95] = float("nan"), float("inf"), float("-inf")
-    assert_same(ms.quantize_triton(x, fmt, block, rule), ms.quantize_reference(x, fmt, block, rule))
+    assert_same(quantize_by_kernel(x, fmt, block, rule), ms.quantize_reference(x, fmt, block, rule))
 
 
 @needs_triton
@@ -372,6 +490,47 @@ def test_quantise_kernel_with_a_given_scale_saturates_and_rounds_like_the_refere
     kernel, reference = (f(x, fmt, (ALL, ALL), "fp32", scale) for f in (ms.quantize_triton, ms.quantize_reference))
     assert_same(kernel, reference)
     assert reference.data.float().abs().max() == fmt.max
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 140)], ids=str)
+@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
+def test_one_reading_gives_the_quantised_tensor_and_its_exact_transpose(shape, fmt):
+    for x in layouts(*shape, device=DEVICE):
+        for scale in (ms.measured_scale(x, fmt), ms.measured_scale(x, fmt) / 3):   # the second one saturates
+            for q, t in (ms.quantize_both(x, fmt, scale), ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, True)):
+                assert_same(q, ms.quantize_reference(x, fmt, (ALL, ALL), "fp32", scale))
+                assert torch.equal(t.data.view(torch.uint8), q.data.view(torch.uint8).t())
+                assert t.data.is_contiguous() and torch.equal(t.scale, scale) and t.block == (ALL, ALL)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
+def test_rows_kernel_holds_rows_of_any_width_bit_for_bit(shape, fmt):
+    for x in layouts(*shape, device=DEVICE):
+        assert_same(ms.produce_rows_triton(x, "none", None, fmt), ms.produce_rows_reference(x, "none", None, fmt))
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
+@pytest.mark.parametrize("producer", EQUATIONS)
+def test_rows_kernel_equals_reference_but_for_float32_rounding(producer, fmt, shape):
+    R, width = shape[0], shape[1] * (2 if producer == "swiglu" else 1)
+    weight = random_rows(1, width, seed=1, device=DEVICE)[0]
+    for x in layouts(R, width, device=DEVICE):
+        w = weight.to(x.dtype)
+        assert_rounds(ms.produce_rows_triton(x, producer, w, fmt), ms.PRODUCERS[producer](x.float(), w.float()), fmt)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
+def test_swiglu_backward_kernel_equals_autograd_but_for_float32_rounding(fmt, shape):
+    R, width = shape
+    for h, da in zip(layouts(R, 2 * width, device=DEVICE), layouts(R, width, seed=1, device=DEVICE)):
+        assert_rounds(ms.swiglu_backward_triton(h, da, fmt), swiglu_gradient(h.float(), da.float()), fmt)
 
 
 @needs_triton
@@ -395,3 +554,13 @@ def test_both_fp8_copies_of_a_weight_stand_for_the_same_weight(name):
         assert ms.sqnr(w, a.dequantize()) > 25 and ms.sqnr(w.t(), b.dequantize()) > 25
     else:
         assert torch.equal(a.dequantize(), b.dequantize().t())
+
+
+def test_what_does_not_fit_together_is_refused_with_its_shape():
+    x = torch.ones(4, 48)
+    with pytest.raises(ValueError, match="'relu' is unknown: choose one of none, rms, layer, swiglu"):
+        ms.produce_rows(x, "relu")
+    with pytest.raises(ValueError, match=r"weight has shape \(32,\): rows of 48"):
+        ms.produce_rows(x, "rms", torch.ones(32))
+    with pytest.raises(ValueError, match=r"h \(4, 48\) must be twice as wide as da \(4, 20\)"):
+        ms.swiglu_backward(x, torch.ones(4, 20))
