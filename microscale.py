@@ -241,11 +241,12 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
 
 
 def quantize_both(x, fmt, scale):
-    """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R) from one reading of x."""
-    if has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS:
+    """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R), from one reading of BF16 rows."""
+    kernel = has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS
+    if kernel and x.dtype == torch.bfloat16 and x.is_contiguous():
         return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
-    q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
-    return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
+    q = quantize(x, fmt, (ALL, ALL), "fp32", scale)
+    return q, Quantized(transpose(q.data), scale, (ALL, ALL))
 
 
 def measured_scale(x, fmt, rule="fp32"):
@@ -359,9 +360,11 @@ if HAS_TRITON:
     def quantize_triton(x, fmt, block, rule, scale=None, both=False):
         """`quantize_reference` in one read of x (R, C), any strides. Blocks are 1 x n, or `scale` (1, 1) is given.
 
-        both: also return x^T (needs a given scale, which serves along both axes).
+        both: also return x^T; for a given scale, which serves along both axes, and rows of BF16: where a tile is loaded
+        as float32, Triton 3.6 puts transposed bytes into the wrong places.
         """
         R, C = x.shape
+        assert not both or scale is not None and x.dtype == torch.bfloat16 and x.is_contiguous()
         if scale is not None:
             rows, cols, group, groups, rule = 64, 128, 128, 1, "given"
         else:
@@ -378,23 +381,21 @@ if HAS_TRITON:
         return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
 
     @triton.jit
-    def load_row(ptr, r, c, R, C, stride_r, stride_c, offset):
-        inside = (r < R)[:, None] & (c < C)[None, :]
-        at = r[:, None] * stride_r + (offset + c).to(tl.int64)[None, :] * stride_c
-        return tl.load(ptr + at, mask=inside, other=0.0)
+    def load_row(ptr, r, c, C, stride_r, stride_c, offset):
+        at = r[:, None] * stride_r + (offset + c)[None, :] * stride_c
+        return tl.load(ptr + at, mask=(c < C)[None, :], other=0.0).to(tl.float32)
 
     @triton.jit
-    def produce(x_ptr, r, c, R, C, stride_r, stride_c, PRODUCER: tl.constexpr):
-        """Columns c of rows r before any norm, (ROWS, len(c)) float32."""
-        x = load_row(x_ptr, r, c, R, C, stride_r, stride_c, 0).to(tl.float32)
+    def store_row(q_ptr, x, r, c, C, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+        tl.store(q_ptr + r[:, None] * C + c[None, :], to_fp8(x, IS_E4M3, INTERPRETED), mask=(c < C)[None, :])
+
+    @triton.jit
+    def produce(x_ptr, r, c, C, stride_r, stride_c, PRODUCER: tl.constexpr):
+        """Columns c of rows r, (ROWS, len(c)) float32, before the norm if there is one."""
+        x = load_row(x_ptr, r, c, C, stride_r, stride_c, 0)
         if PRODUCER == "swiglu":
-            x = x * tl.sigmoid(x) * load_row(x_ptr, r, c, R, C, stride_r, stride_c, C).to(tl.float32)
+            x = x * tl.sigmoid(x) * load_row(x_ptr, r, c, C, stride_r, stride_c, C)
         return x
-
-    @triton.jit
-    def store_row(q_ptr, x, r, c, R, C, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
-        inside = (r < R)[:, None] & (c < C)[None, :]
-        tl.store(q_ptr + r[:, None] * C + c[None, :], to_fp8(x, IS_E4M3, INTERPRETED), mask=inside)
 
     @triton.jit
     def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, PRODUCER: tl.constexpr,
@@ -403,13 +404,14 @@ if HAS_TRITON:
         """Whole rows: read, norm or SwiGLU, amax, scale, FP8. A row waits in registers for its maximum.
 
         It is held in two parts, of COLS0 and COLS1 columns, because sizes are powers of two: 11008 = 8192 + 2816 fills
-        8192 + 4096 lanes, and one part would leave a third of 16384 idle, which costs a quarter of the bandwidth.
+        8192 + 4096 lanes, and one part would leave a third of 16384 idle, which costs a tenth of the bandwidth. So
+        would a mask for the rows: a program that reaches beyond the last row does the last row once more instead.
         """
-        r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        r = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), R - 1)
         c0 = tl.arange(0, COLS0)
         c1 = COLS0 + tl.arange(0, COLS1)
-        x0 = produce(x_ptr, r, c0, R, C, stride_r, stride_c, PRODUCER)
-        x1 = produce(x_ptr, r, c1, R, C, stride_r, stride_c, PRODUCER)
+        x0 = produce(x_ptr, r, c0, C, stride_r, stride_c, PRODUCER)
+        x1 = produce(x_ptr, r, c1, C, stride_r, stride_c, PRODUCER) if COLS1 > 1 else tl.zeros((ROWS, 1), tl.float32)
         if PRODUCER == "layer":
             mean = (tl.sum(x0, axis=1) + tl.sum(x1, axis=1)) / C
             x0 = tl.where((c0 < C)[None, :], x0 - mean[:, None], 0.0)
@@ -423,41 +425,42 @@ if HAS_TRITON:
             x1 *= tl.load(weight_ptr + c1, mask=c1 < C, other=0.0).to(tl.float32)[None, :]
         amax = tl.maximum(tl.max(magnitude(x0), axis=1), tl.max(magnitude(x1), axis=1))
         scale, inverse = scale_of(amax[:, None], RULE, IS_E4M3)      # (ROWS, 1)
-        tl.store(scale_ptr + r[:, None], scale, mask=(r < R)[:, None])
-        store_row(q_ptr, x0 * inverse, r, c0, R, C, IS_E4M3, INTERPRETED)
-        store_row(q_ptr, x1 * inverse, r, c1, R, C, IS_E4M3, INTERPRETED)
+        tl.store(scale_ptr + r[:, None], scale)
+        store_row(q_ptr, x0 * inverse, r, c0, C, IS_E4M3, INTERPRETED)
+        if COLS1 > 1:
+            store_row(q_ptr, x1 * inverse, r, c1, C, IS_E4M3, INTERPRETED)
 
     @triton.jit
-    def swiglu_gradients(h_ptr, da_ptr, r, c, R, F):
-        gate = load_row(h_ptr, r, c, R, F, 2 * F, 1, 0).to(tl.float32)
-        up = load_row(h_ptr, r, c, R, F, 2 * F, 1, F).to(tl.float32)
-        da = load_row(da_ptr, r, c, R, F, F, 1, 0).to(tl.float32)
-        sigma = tl.sigmoid(gate)
+    def swiglu_gradients(h_ptr, da_ptr, r, c, F):
+        gate, up = load_row(h_ptr, r, c, F, 2 * F, 1, 0), load_row(h_ptr, r, c, F, 2 * F, 1, F)
+        da, sigma = load_row(da_ptr, r, c, F, F, 1, 0), tl.sigmoid(gate)
         return da * up * (sigma + gate * sigma * (1 - sigma)), da * gate * sigma
 
     @triton.jit
     def _swiglu_backward_kernel(h_ptr, da_ptr, q_ptr, scale_ptr, R, F, ROWS: tl.constexpr, COLS0: tl.constexpr,
                                 COLS1: tl.constexpr, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
         """`swiglu_backward_reference`, in two parts as above."""
-        r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        r = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), R - 1)
         c0 = tl.arange(0, COLS0)
         c1 = COLS0 + tl.arange(0, COLS1)
-        gate0, up0 = swiglu_gradients(h_ptr, da_ptr, r, c0, R, F)
-        gate1, up1 = swiglu_gradients(h_ptr, da_ptr, r, c1, R, F)
-        amax = tl.maximum(tl.maximum(tl.max(magnitude(gate0), axis=1), tl.max(magnitude(gate1), axis=1)),
-                          tl.maximum(tl.max(magnitude(up0), axis=1), tl.max(magnitude(up1), axis=1)))
+        gate0, up0 = swiglu_gradients(h_ptr, da_ptr, r, c0, F)
+        amax = tl.maximum(tl.max(magnitude(gate0), axis=1), tl.max(magnitude(up0), axis=1))
+        if COLS1 > 1:
+            gate1, up1 = swiglu_gradients(h_ptr, da_ptr, r, c1, F)
+            amax = tl.maximum(amax, tl.maximum(tl.max(magnitude(gate1), axis=1), tl.max(magnitude(up1), axis=1)))
         scale, inverse = scale_of(amax[:, None], "up", IS_E4M3)
-        tl.store(scale_ptr + r[:, None], scale, mask=(r < R)[:, None])
-        q_ptr += r[:, None] * F    # the row of q is twice as long as store_row thinks
-        store_row(q_ptr, gate0 * inverse, r, c0, R, F, IS_E4M3, INTERPRETED)
-        store_row(q_ptr, gate1 * inverse, r, c1, R, F, IS_E4M3, INTERPRETED)
-        store_row(q_ptr + F, up0 * inverse, r, c0, R, F, IS_E4M3, INTERPRETED)
-        store_row(q_ptr + F, up1 * inverse, r, c1, R, F, IS_E4M3, INTERPRETED)
+        tl.store(scale_ptr + r[:, None], scale)
+        q_ptr += r[:, None] * F    # a row of q is 2 F long, twice what store_row thinks
+        store_row(q_ptr, gate0 * inverse, r, c0, F, IS_E4M3, INTERPRETED)
+        store_row(q_ptr + F, up0 * inverse, r, c0, F, IS_E4M3, INTERPRETED)
+        if COLS1 > 1:
+            store_row(q_ptr, gate1 * inverse, r, c1, F, IS_E4M3, INTERPRETED)
+            store_row(q_ptr + F, up1 * inverse, r, c1, F, IS_E4M3, INTERPRETED)
 
     def row_tiling(C):
-        """(rows per program, columns of the first part, of the second)."""
+        """(rows per program, columns of the first part, of the second; 1 for none)."""
         first = max(1 << (C.bit_length() - 1), 16)
-        return max(2048 // first, 1), first, max(triton.next_power_of_2(C - first), 16)
+        return max(2048 // first, 1), first, max(triton.next_power_of_2(C - first), 16) if C > first else 1
 
     def produce_rows_triton(x, producer, weight=None, fmt=E4M3, rule="up"):
         """`produce_rows_reference` in one read of x (R, width), any strides."""
@@ -479,7 +482,7 @@ if HAS_TRITON:
         rows, cols0, cols1 = row_tiling(F)
         _swiglu_backward_kernel[(triton.cdiv(R, rows),)](
             h.contiguous(), da.contiguous(), q, scale, R, F, ROWS=rows, COLS0=cols0, COLS1=cols1, IS_E4M3=fmt is E4M3,
-            INTERPRETED=INTERPRETED, num_warps=16 if F > 4096 else 4)
+            INTERPRETED=INTERPRETED, num_warps=8 if F > 4096 else 4)
         return Quantized(q, scale, (1, ALL))
 
     @triton.jit
