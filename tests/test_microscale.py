@@ -498,10 +498,7 @@ def test_quantise_kernel_with_a_given_scale_saturates_and_rounds_like_the_refere
 def test_one_reading_gives_the_quantised_tensor_and_its_exact_transpose(shape, fmt):
     for x in (*layouts(*shape, device=DEVICE), random_rows(*shape[::-1], device=DEVICE).bfloat16().t()):
         for scale in (ms.measured_scale(x, fmt), ms.measured_scale(x, fmt) / 3):   # the second one saturates
-            pairs = [ms.quantize_both(x, fmt, scale)]
-            if x.dtype == torch.bfloat16 and x.is_contiguous():   # what the kernel is for
-                pairs.append(ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True))
-            for q, t in pairs:
+            for q, t in (ms.quantize_both(x, fmt, scale), ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, True)):
                 assert_same(q, ms.quantize_reference(x, fmt, (ALL, ALL), "fp32", scale))
                 assert torch.equal(t.data.view(torch.uint8), q.data.view(torch.uint8).t())
                 assert t.data.is_contiguous() and torch.equal(t.scale, scale) and t.block == (ALL, ALL)
