@@ -197,7 +197,7 @@ PRODUCERS = {  # name: (x (R, width), weight (width) or None) -> the rows that a
     "none": lambda x, weight: x,
     "rms": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, NORM_EPS),
     "layer": lambda x, weight: F.layer_norm(x, x.shape[-1:], eps=NORM_EPS),
-    "swiglu": lambda x, weight: F.silu(x[:, :x.shape[1] // 2]) * x[:, x.shape[1] // 2:],
+    "swiglu": lambda x, weight: F.silu(x[..., :x.shape[-1] // 2]) * x[..., x.shape[-1] // 2:],
 }
 
 
@@ -207,15 +207,19 @@ def produce_rows_reference(x, producer, weight=None, fmt=E4M3):
     return quantize_reference(PRODUCERS[producer](x.float(), weight), fmt, (1, ALL), "up")
 
 
-def swiglu_backward_reference(h, da, fmt=E4M3):
-    """h = [gate, up] (R, 2 F), da (R, F), the gradient of a = silu(gate) up -> that of h, Quantized, a scale per row.
+def swiglu_gradient(h, da):
+    """h = [gate, up] (R, 2 F), da (R, F), the gradient of a = silu(gate) up -> that of h, (R, 2 F) float32.
 
     With sigma = sigmoid(gate):  d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma.
     """
     gate, up = h.float().chunk(2, dim=1)
     sigma, da = gate.sigmoid(), da.float()
-    d_gate = da * up * (sigma + gate * sigma * (1 - sigma))
-    return quantize_reference(torch.cat((d_gate, da * gate * sigma), dim=1), fmt, (1, ALL), "up")
+    return torch.cat((da * up * (sigma + gate * sigma * (1 - sigma)), da * gate * sigma), dim=1)
+
+
+def swiglu_backward_reference(h, da, fmt=E4M3):
+    """-> `swiglu_gradient`, Quantized with a power of two per row."""
+    return quantize_reference(swiglu_gradient(h, da), fmt, (1, ALL), "up")
 
 
 # ---------------------------------------------------------------------------------------------------

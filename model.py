@@ -11,6 +11,10 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
 The four linear layers of a block hold 94% of the parameters of OLMo-7B and do 93% of its arithmetic: they
 are what a recipe quantises. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU); the weights that
 the optimizer sees are FP32.
+
+`moss` computes a block in three pieces, each with its own backward pass (below: "The dataflow of moss"), so that a
+number becomes FP8 in the kernel that makes it, and nothing but FP8 waits for the backward pass where FP8 will do.
+The other recipes quantise what PyTorch's norm, attention and SwiGLU hand to each linear layer.
 """
 
 from dataclasses import dataclass
@@ -18,10 +22,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS
-from gemm_kernel import fp8_linear
-from microscale import ALL, RECIPES, fold_loss, quantize, quantize_weight, saturated_share
+from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad
+from microscale import (ALL, NORM_EPS, PRODUCERS, RECIPES, Quantized, fold_loss, produce_rows, quantize,
+                        quantize_weight, saturated_share, swiglu_backward, swiglu_gradient)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -58,6 +64,8 @@ class ModelConfig:
         return (self.kv_heads or self.heads) * self.head_dim
 
 
+RECOMPUTE = ("none", "act", "block")
+
 PRESETS = {
     "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384),
     "124m": ModelConfig(vocab=50304, seq=1024, d=768, layers=12, heads=12, ffn=2048, tied=True),
@@ -69,6 +77,12 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------------------
 # Layers
+
+WATCHED = 256   # rows of X and dY that the log's shares are counted in
+
+# What is not ours is as fast as torch.compile makes it. torch.compiler.set_stance("force_eager") switches that off.
+compiled = torch.compile if torch.cuda.is_available() else lambda function: function
+
 
 class Linear(nn.Module):
     """y = x W^T without bias, computed as the recipe says. W (out, in) is the FP32 master weight."""
@@ -94,17 +108,17 @@ class Linear(nn.Module):
         if not self.recipe:
             return F.linear(x, self.weight.to(x.dtype))
         y = fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
-        if self.health is not None:
-            self.watch(x, "")
-            if y.requires_grad:
-                y.register_hook(lambda dy: self.watch(dy, "_grad"))
+        self.watch(x, "")
+        if self.health is not None and y.requires_grad:
+            y.register_hook(lambda dy: self.watch(dy, "_grad"))
         return y
 
-    def watch(self, x, suffix, rows=256):
+    def watch(self, x, suffix, producer="none", norm_weight=None):
         """Records which shares of the first rows of X or dY are cut off at the top and changed by folding."""
         if self.health is None:
             return
-        x = x.detach().reshape(-1, x.shape[-1])[:rows]
+        norm_weight = None if norm_weight is None else norm_weight.float()
+        x = PRODUCERS[producer](x.detach().reshape(-1, x.shape[-1])[:WATCHED].float(), norm_weight)
         fmt = FORMATS[self.recipe.grad_format] if suffix else E4M3
         x_q = quantize(x, fmt, self.recipe.act_block, self.recipe.rule)
         self.health["saturated" + suffix] = saturated_share(x, x_q, fmt)
@@ -118,13 +132,17 @@ class Linear(nn.Module):
 class Norm(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.rms, self.shape = config.norm == "rms", (config.d,)
-        self.weight = nn.Parameter(torch.ones(config.d)) if self.rms else None
+        self.kind = config.norm
+        self.weight = nn.Parameter(torch.ones(config.d)) if self.kind == "rms" else None
 
     def forward(self, x):
-        if self.rms:
-            return F.rms_norm(x, self.shape, self.weight.to(x.dtype), eps=1e-5)
-        return F.layer_norm(x, self.shape, eps=1e-5)
+        return produce(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
+
+
+@compiled
+def produce(x, producer, weight=None):
+    """RMSNorm, LayerNorm or SwiGLU of the last axis."""
+    return PRODUCERS[producer](x, weight)
 
 
 def rope_table(seq, head_dim, theta, device):
@@ -141,54 +159,208 @@ def rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Attention(nn.Module):
-    def __init__(self, config, recipe, name):
+@compiled
+def attend(qkv, cos, sin, d, kv_dim, head_dim):
+    """qkv (B, T, d + 2 kv_dim) -> what the heads look up, (B, T, d). SDPA reads (B, heads, T, head_dim)."""
+    B, T, _ = qkv.shape
+    q, k, v = (z.view(B, T, -1, head_dim) for z in qkv.split((d, kv_dim, kv_dim), dim=-1))
+    q, k, v = (z.transpose(1, 2) for z in (rope(q, cos, sin), rope(k, cos, sin), v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=d != kv_dim)
+    return y.transpose(1, 2).reshape(B, T, d)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The dataflow of moss
+
+@compiled
+def norm_backward(dy, x, weight, kind, residual):
+    """Gradients of y = norm(x) weight, rows (T, d): -> (dx + residual, d weight or None), float32 inside.
+
+        x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
+
+    RMSNorm knows no means but the last one.
+    """
+    centred = kind == "layer"
+    x, g = x.float(), dy.float()
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    x_hat = x * inverse
+    d_weight = None if weight is None else (g * x_hat).sum(0)
+    g = g if weight is None else g * weight.to(dy.dtype).float()
+    dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    dx = dx - g.mean(-1, keepdim=True) if centred else dx
+    return (dx * inverse + residual.float()).to(dy.dtype), d_weight
+
+
+def linear_backward(dy_q, x_q, layer, dtype):
+    """Quantized dY (T, N), X (T, K) of one layer -> dX (T, K), dW (N, K): dgrad and wgrad."""
+    dx = matmul(dy_q, layer.w_t, dtype, promote=True)
+    return dx, matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True)
+
+
+def rows_of(x, layer, suffix="", producer="none", norm_weight=None):
+    """x (T, width) -> Quantized, one power of two per token, of what `producer` makes of it."""
+    norm_weight = None if norm_weight is None else norm_weight.to(x.dtype)
+    layer.watch(x, suffix, producer, norm_weight)
+    return produce_rows(x, producer, norm_weight)
+
+
+class NormLinear(torch.autograd.Function):
+    """x (T, d) -> (norm(x) W^T, x). The second output is for the residual connection: so the gradient that comes back
+    along it is added where that of the norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`)."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, weight, layer, kind, recompute):
+        x_q = rows_of(x, layer, "", kind, norm_weight)
+        ctx.save_for_backward(x, norm_weight, *(() if recompute else (x_q.data, x_q.scale)))
+        ctx.layer, ctx.kind = layer, kind
+        return matmul(x_q, layer.w, x.dtype), x
+
+    @staticmethod
+    def backward(ctx, dy, residual):
+        x, norm_weight, *kept = ctx.saved_tensors
+        x_q = Quantized(*kept, (1, ALL)) if kept else rows_of(x, ctx.layer, "", ctx.kind, norm_weight)
+        dx, dw = linear_backward(rows_of(dy, ctx.layer, "_grad"), x_q, ctx.layer, x.dtype)
+        return *norm_backward(dx, x, norm_weight, ctx.kind, residual), dw, None, None, None
+
+
+class LinearResidual(torch.autograd.Function):
+    """x (T, K), residual (T, N) -> residual + x W^T. Keeps x in FP8, or as it is if attention keeps it anyway."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, layer, recompute):
+        x_q = rows_of(x, layer)
+        ctx.save_for_backward(*((x,) if recompute else (x_q.data, x_q.scale)))
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return matmul(x_q, layer.w, x.dtype, add=residual)
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept = ctx.saved_tensors
+        x_q = Quantized(*kept, (1, ALL)) if len(kept) == 2 else rows_of(*kept, ctx.layer)
+        dx, dw = linear_backward(rows_of(dy, ctx.layer, "_grad"), x_q, ctx.layer, ctx.dtype)
+        return dx, dy, dw, None, None
+
+
+class NormSwiGLUResidual(torch.autograd.Function):
+    """x (T, d) -> x + down(silu(gate(norm(x))) up(norm(x))), the second half of a block.
+
+    One function, so that the gradient of gate and up goes from the kernel that makes it to the products that read it in
+    FP8: between two functions autograd would ask for BF16. Keeps x and [gate, up]; the inputs of both layers in FP8, or
+    makes them again (`recompute`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, up_weight, down_weight, gate_up, down, kind, recompute):
+        x_q = rows_of(x, gate_up, "", kind, norm_weight)
+        h = matmul(x_q, gate_up.w, x.dtype)                                            # (T, 2 ffn)
+        a_q = rows_of(h, down, "", "swiglu")                                           # (T, ffn)
+        ctx.save_for_backward(x, norm_weight, h, *(() if recompute else (x_q.data, x_q.scale, a_q.data, a_q.scale)))
+        ctx.layers, ctx.kind = (gate_up, down), kind
+        return matmul(a_q, down.w, x.dtype, add=x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, norm_weight, h, *kept), (gate_up, down) = ctx.saved_tensors, ctx.layers
+        a_q = Quantized(*kept[2:], (1, ALL)) if kept else rows_of(h, down, "", "swiglu")
+        da, dw_down = linear_backward(rows_of(dy, down, "_grad"), a_q, down, x.dtype)
+        dh_q = swiglu_backward(h, da)
+        if gate_up.health is not None:
+            gate_up.watch(swiglu_gradient(h[:WATCHED], da[:WATCHED]), "_grad")
+        x_q = Quantized(*kept[:2], (1, ALL)) if kept else rows_of(x, gate_up, "", ctx.kind, norm_weight)
+        dx, dw_up = linear_backward(dh_q, x_q, gate_up, x.dtype)
+        return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_up, dw_down, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The decoder
+
+class Block(nn.Module):
+    """x + out(attend(qkv(norm1(x)))), then x + down(swiglu(gate_up(norm2(x))))."""
+
+    def __init__(self, config, recipe, name, recompute):
         super().__init__()
-        self.config = config
+        self.config, self.moss, self.again = config, recipe is RECIPES["moss"], recompute == "act"
+        self.norm1, self.norm2 = Norm(config), Norm(config)
         self.qkv = Linear(config.d, config.d + 2 * config.kv_dim, recipe, f"{name}.qkv")
         self.out = Linear(config.d, config.d, recipe, f"{name}.out")
-
-    def forward(self, x, cos, sin):
-        (B, T, _), c = x.shape, self.config
-        q, k, v = self.qkv(x).split((c.d, c.kv_dim, c.kv_dim), dim=-1)
-        q, k, v = (z.view(B, T, -1, c.head_dim) for z in (q, k, v))       # (B, T, heads, head_dim)
-        q, k, v = (z.transpose(1, 2) for z in (rope(q, cos, sin), rope(k, cos, sin), v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return self.out(y.transpose(1, 2).reshape(B, T, c.d))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config, recipe, name):
-        super().__init__()
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down")
 
-    def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    def __init__(self, config, recipe, name):
-        super().__init__()
-        self.norm1, self.attention = Norm(config), Attention(config, recipe, f"{name}.attention")
-        self.norm2, self.ffn = Norm(config), SwiGLU(config, recipe, f"{name}.ffn")
+    def heads(self, qkv, cos, sin):
+        return attend(qkv, cos, sin, self.config.d, self.config.kv_dim, self.config.head_dim)
 
     def forward(self, x, cos, sin):
-        x = x + self.attention(self.norm1(x), cos, sin)
-        return x + self.ffn(self.norm2(x))
+        if self.moss:
+            return self.forward_moss(x, cos, sin)
+        x = x + self.out(self.heads(self.qkv(self.norm1(x)), cos, sin))
+        return x + self.down(produce(self.gate_up(self.norm2(x)), "swiglu"))
+
+    def forward_moss(self, x, cos, sin):
+        (B, T, d), kind, qkv, out = x.shape, self.config.norm, self.qkv, self.out
+        y, x = NormLinear.apply(x.reshape(B * T, d), self.norm1.weight, qkv.weight, qkv, kind, self.again)
+        y = self.heads(y.view(B, T, -1), cos, sin).view(B * T, d)
+        x = LinearResidual.apply(y, x, out.weight, out, self.again)
+        x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight,
+                                     self.gate_up, self.down, kind, self.again)
+        return x.view(B, T, d)
+
+
+@compiled
+def softmax_gradient(logits, targets, count):
+    """logits (T, vocab), targets (T) -> (sum of -log p[target], (p - onehot(target)) / count in the logits' dtype)."""
+    z = logits.float()
+    log_sum = z.logsumexp(-1, keepdim=True)
+    loss = (log_sum - z.gather(1, targets[:, None])).sum()
+    hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
+    return loss, (((z - log_sum).exp() - hit.float()) / count).to(logits.dtype)
+
+
+class HeadLoss(torch.autograd.Function):
+    """x (T, d), W (vocab, d), targets (T) -> mean cross-entropy of x W^T, `CHUNK` tokens at a time.
+
+    The gradient of the logits is made along with the loss and kept in the dtype of x: of 16384 tokens and 50304 words
+    it is 1.5 GiB in BF16, where PyTorch's cross-entropy holds the logits, and what it makes of them, in FP32: 9 GiB.
+    """
+    CHUNK = 4096
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
+        gradient = x.new_empty(len(x), len(w)) if any(ctx.needs_input_grad) else None
+        for i in range(0, len(x), HeadLoss.CHUNK):
+            part = slice(i, i + HeadLoss.CHUNK)
+            loss, part_gradient = softmax_gradient(x[part] @ w.t(), targets[part], len(x))
+            total += loss
+            if gradient is not None:
+                gradient[part] = part_gradient
+        ctx.save_for_backward(x, weight, gradient)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, weight, gradient = ctx.saved_tensors
+        dx = (gradient @ weight.to(x.dtype)) * dloss.to(x.dtype)
+        return dx, (gradient.t() @ x).to(weight.dtype) * dloss, None
 
 
 class Transformer(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, vocab); with targets (B, T) -> the mean cross-entropy in nats."""
+    """tokens (B, T) int64 -> logits (B, T, vocab); with targets (B, T) -> the mean cross-entropy in nats.
 
-    def __init__(self, config, fp8="none"):
+    recompute  what is made again in the backward pass instead of being kept: "none"; "act", of `moss` the FP8 inputs
+               of linear layers, from the BF16 that is kept of norms, SwiGLU and attention anyway; "block", all but x
+    """
+
+    def __init__(self, config, fp8="none", recompute="none"):
         super().__init__()
         if fp8 not in RECIPES:
             raise ValueError(f"recipe {fp8!r} is unknown: choose one of {', '.join(RECIPES)}")
-        self.config, self.recipe = config, RECIPES[fp8]
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute {recompute!r} is unknown: choose one of {', '.join(RECOMPUTE)}")
+        self.config, self.recipe, self.recompute = config, RECIPES[fp8], recompute
         self.embed = nn.Embedding(config.vocab, config.d)
-        self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}") for i in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}", recompute)
+                                    for i in range(config.layers))
         self.norm = Norm(config)
         self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
         if config.tied:
@@ -216,13 +388,17 @@ class Transformer(nn.Module):
         cos, sin = (table[:tokens.shape[1]] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for block in self.blocks:
-            x = block(x, cos, sin)
-        logits = self.head(self.norm(x))                                                 # (B, T, vocab)
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
+        x = self.norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
+            return self.head(x)                                                          # (B, T, vocab)
+        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten())
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
     def generate(self, tokens, count, temperature=0.8, generator=None):
         """tokens (1, T) -> (1, T + count), sampled one at a time from the last `seq` tokens."""
         for _ in range(count):
@@ -252,27 +428,31 @@ def flops_per_token(c, seq=None):
     return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * (seq or c.seq)
 
 
-def memory(c, fp8, tokens, element=2):
+def memory(c, fp8, tokens, element=2, recompute="none"):
     """Bytes of a training step over this many tokens, by use; `element` bytes per BF16 activation.
 
     Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. `copies` are what the
     matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
 
         in BF16 under all recipes      block input d, qkv d + 2 kv, q and k after RoPE d + kv, attention output d,
-                                       input of the second half d, gate and up 2 ffn, silu(gate) ffn
-        inputs of the linear layers    d, d, d, ffn: in FP8, or in BF16 (the third is the attention output, kept anyway)
-        per token, once                final norm's input and output 2 d, probabilities vocab in FP32
+                                       input of the second half d, gate and up 2 ffn; silu(gate) ffn, but not in `moss`
+        inputs of the linear layers    d, d, d, ffn: in FP8, or in BF16 (the third is the attention output, kept
+                                       anyway); none with recompute = "act" in `moss`
+        with recompute = "block"       of all these the block inputs alone, and one block at a time
+        per token, once                final norm's input and output 2 d, gradient of the logits vocab
     """
     linear, total = parameter_count(c)
     recipe = RECIPES[fp8]
-    layer = element * (5 * c.d + 3 * c.kv_dim + 3 * c.ffn)
+    layer = element * (5 * c.d + 3 * c.kv_dim + (2 if fp8 == "moss" else 3) * c.ffn)
     if recipe:
-        layer += quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn)
+        again = fp8 == "moss" and recompute == "act"
+        layer += 0 if again else quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn)
         copies = 2 * quantized_bytes(recipe.weight_block) * linear
     else:
         layer += element * (2 * c.d + c.ffn)
         copies = element * linear
-    per_token = c.layers * layer + element * 2 * c.d + 4 * c.vocab
+    layers = element * c.d * c.layers + layer if recompute == "block" else c.layers * layer
+    per_token = layers + element * (2 * c.d + c.vocab)
     return {"weights": 4 * total, "copies": copies + element * c.vocab * c.d, "gradients": 4 * total,
             "optimizer": 8 * total, "activations": tokens * per_token}
 

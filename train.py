@@ -522,7 +522,12 @@ def first_non_finite(model, tokens, targets):
         if not list(module.children()):
             hooks.append(module.register_forward_hook(
                 lambda _, __, y, name=name: bad.append(name) if not y.isfinite().all() else None))
+    fused = [block.moss for block in model.blocks]
+    for block in model.blocks:
+        block.moss = False   # the same numbers, layer by layer
     model(tokens, targets)
+    for block, was in zip(model.blocks, fused):
+        block.moss = was
     for hook in hooks:
         hook.remove()
     if bad:

@@ -121,9 +121,9 @@ def test_grouped_query_attention_equals_repeated_keys_and_values():
     few, many = make(dataclasses.replace(TINY, kv_heads=2)), make(TINY)
     many.load_state_dict({**many.state_dict(), **{k: v for k, v in few.state_dict().items() if "qkv" not in k}})
     for a, b in zip(few.blocks, many.blocks):
-        q, k, v = a.attention.qkv.weight.detach().split((64, 32, 32))
+        q, k, v = a.qkv.weight.detach().split((64, 32, 32))
         repeated = [w.view(2, 1, 16, 64).expand(2, 2, 16, 64).reshape(64, 64) for w in (k, v)]
-        b.attention.qkv.weight.data = torch.cat((q, *repeated))
+        b.qkv.weight.data = torch.cat((q, *repeated))
     torch.testing.assert_close(few(tokens()), many(tokens()))
 
 
@@ -154,7 +154,7 @@ def test_initial_weights_are_the_same_under_every_recipe():
 
 
 def test_widths_that_fp8_cannot_tile_are_refused_at_construction_by_layer_name():
-    with pytest.raises(ValueError, match=r"layer blocks.0.ffn.gate_up: out = 200 .* multiple of 16, .*--fp8 moss"):
+    with pytest.raises(ValueError, match=r"layer blocks.0.gate_up: out = 200 .* multiple of 16, .*--fp8 moss"):
         Transformer(dataclasses.replace(TINY, ffn=100), "moss")
     Transformer(dataclasses.replace(TINY, ffn=100), "none")
 

@@ -306,7 +306,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(recipe, tiny, tm
 
 def test_skipped_steps_survive_a_resume(tiny, tmp_path, monkeypatch, no_sample):
     with monkeypatch.context() as patch:
-        poison_gradient(patch, "blocks.0.ffn.down.weight", {1})
+        poison_gradient(patch, "blocks.0.down.weight", {1})
         run_interrupted(tiny, "moss", monkeypatch, "out")
     run(tiny(f"--fp8 moss {INTERRUPTED} --resume"))
     state = checkpoint(tmp_path / "out")
@@ -540,14 +540,14 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
 def test_a_width_that_a_recipe_cannot_tile_is_refused_by_layer(recipe):
     shape = dataclasses.replace(PRESETS["nano"], ffn=40)
-    with pytest.raises(ValueError, match="layer blocks.0.ffn.down: in = 40 .* multiple of 16.*change d, ffn"):
+    with pytest.raises(ValueError, match="layer blocks.0.down: in = 40 .* multiple of 16.*change d, ffn"):
         Transformer(shape, recipe)
     Transformer(shape, "none")
 
 
 def test_a_preset_that_a_recipe_cannot_tile_is_refused_by_layer(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.PRESETS, "nano", dataclasses.replace(PRESETS["nano"], ffn=40))
-    assert_refused(tiny("--fp8 moss"), ["blocks.0.ffn.down", "40", "--fp8 none"], tmp_path, capsys)
+    assert_refused(tiny("--fp8 moss"), ["blocks.0.down", "40", "--fp8 none"], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("wrong, named", [(dict(d=100), "d = 100 must be a multiple of 8"),
@@ -752,7 +752,7 @@ def test_a_run_on_token_files_ends_with_a_sample_however_short_the_sequence(tiny
 # ---------------------------------------------------------------------------------------------------
 # Loss and gradients that are not finite
 
-POISONED = "blocks.1.ffn.down"
+POISONED = "blocks.1.down"
 
 
 @pytest.mark.parametrize("recipe", ["none", "moss"])
@@ -797,8 +797,8 @@ def assert_stops(command, words, capsys):
 
 
 def test_a_run_whose_outputs_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
-    on_model(monkeypatch, lambda model: model.blocks[1].ffn.down.register_forward_hook(lambda _, __, y: y * math.nan))
-    assert_stops(tiny("--fp8 moss --max_skips 3"), ["3 steps in a row", f"the output of {POISONED}"], capsys)
+    on_model(monkeypatch, lambda model: model.blocks[1].down.register_forward_hook(lambda _, __, y: y * math.nan))
+    assert_stops(tiny("--fp8 mx --max_skips 3"), ["3 steps in a row", f"the output of {POISONED}"], capsys)
 
 
 def test_a_run_whose_gradients_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
