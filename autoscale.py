@@ -268,7 +268,7 @@ class FP8AdamW(torch.optim.AdamW):
 
 
 def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
-    """One AdamW step on p (N, K) in place, as torch.optim.AdamW does it; then w (N, K), w_t (K, N) = E4M3(p (1 / scale)).
+    """One AdamW step on p (N, K) in place, as torch.optim.AdamW does it; then w (N, K), w_t (K, N) = E4M3(p / scale).
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)         m_hat, v_hat: divided by 1 - beta^step

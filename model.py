@@ -145,7 +145,7 @@ def produce(x, producer, weight=None):
     return PRODUCERS[producer](x, weight)
 
 
-def rope_table(seq, head_dim, theta, device):
+def rope_table(seq, head_dim, theta, device=None):
     """cos and sin (seq, head_dim / 2), float32: position t turns pair i by the angle t theta^(-2 i / head_dim)."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seq, device=device, dtype=torch.float32), rates)
@@ -325,9 +325,9 @@ class HeadLoss(torch.autograd.Function):
     CHUNK = 4096
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, training):
         w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        gradient = x.new_empty(len(x), len(w)) if any(ctx.needs_input_grad) else None
+        gradient = x.new_empty(len(x), len(w)) if training else None
         for i in range(0, len(x), HeadLoss.CHUNK):
             part = slice(i, i + HeadLoss.CHUNK)
             loss, part_gradient = softmax_gradient(x[part] @ w.t(), targets[part], len(x))
@@ -340,8 +340,13 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         x, weight, gradient = ctx.saved_tensors
-        dx = (gradient @ weight.to(x.dtype)) * dloss.to(x.dtype)
-        return dx, (gradient.t() @ x).to(weight.dtype) * dloss, None
+        dx = (gradient @ weight.to(x.dtype)) * dloss
+        return dx, (gradient.t() @ x).to(weight.dtype) * dloss, None, None
+
+
+@torch.compiler.disable(recursive=False)   # a model that is compiled whole leaves this as it is
+def head_loss(x, weight, targets):
+    return HeadLoss.apply(x, weight, targets, torch.is_grad_enabled())   # inside of it, gradients are always off
 
 
 class Transformer(nn.Module):
@@ -365,7 +370,9 @@ class Transformer(nn.Module):
         self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
         if config.tied:
             self.head.weight = self.embed.weight
-        self.rope = None
+        cos, sin = rope_table(config.seq, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -383,9 +390,7 @@ class Transformer(nn.Module):
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None):
-        if self.rope is None or self.rope[0].device != tokens.device:
-            self.rope = rope_table(self.config.seq, self.config.head_dim, self.config.rope_theta, tokens.device)
-        cos, sin = (table[:tokens.shape[1]] for table in self.rope)
+        cos, sin = self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]]
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -395,7 +400,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.head(x)                                                          # (B, T, vocab)
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return head_loss(x.flatten(0, 1), self.head.weight, targets.flatten())
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
@@ -451,7 +456,7 @@ def memory(c, fp8, tokens, element=2, recompute="none"):
     else:
         layer += element * (2 * c.d + c.ffn)
         copies = element * linear
-    layers = element * c.d * c.layers + layer if recompute == "block" else c.layers * layer
+    layers = element * c.d * (c.layers - 1) + layer if recompute == "block" else c.layers * layer
     per_token = layers + element * (2 * c.d + c.vocab)
     return {"weights": 4 * total, "copies": copies + element * c.vocab * c.d, "gradients": 4 * total,
             "optimizer": 8 * total, "activations": tokens * per_token}
@@ -469,10 +474,11 @@ def main():
         _, total = parameter_count(c)
         print(f"{name}: {total:,} parameters, {flops_per_token(c) / 1e9:.2f} GFLOP per token; "
               f"GiB for one sequence of {c.seq}:")
-        print(f"    {'':8}" + "".join(f"{use:>13}" for use in memory(c, "none", c.seq)) + f"{'total':>13}")
-        for fp8 in RECIPES:
-            use = memory(c, fp8, c.seq)
-            print(f"    {fp8:8}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
+        print(f"    {'':12}" + "".join(f"{use:>13}" for use in memory(c, "none", c.seq)) + f"{'total':>13}")
+        for fp8, recompute in [(fp8, "none") for fp8 in RECIPES] + [("moss", "act"), ("moss", "block")]:
+            use = memory(c, fp8, c.seq, recompute=recompute)
+            row = fp8 if recompute == "none" else f"{fp8}, {recompute}"
+            print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()
 
 

@@ -5,7 +5,7 @@ Trains a language model in FP8.
     python train.py --fp8 none                         # the same run in BF16 (FP32 on a CPU), to compare with
     python train.py --model 1b --data tokens/          # a preset of model.py on your own data
     torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64
-    python train.py --resume                           # go on from out/ckpt.pt
+    python train.py --resume                           # go on from the newest checkpoint in out/
 
 Options are the fields of Config below; `--help` lists them. Runs that differ in `--fp8` alone see the same data in
 the same order from the same initial weights; with the same `--accum`, so do runs on any number of GPUs.
@@ -19,12 +19,15 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
-from model import PRESETS, Transformer, flops_per_token
+from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
 class UserError(Exception):
@@ -55,8 +58,9 @@ def opt(default, help):
 @dataclass
 class Config:
     # what to train
-    fp8: str = opt("moss", "recipe of the linear layers: " + ", ".join(RECIPES))
+    fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
+    layers: int = opt(None, "blocks of the model (default: the preset's)")
     data: str = opt(None, "folder of .bin, .npy or text files, or one such file (default: Python's standard library)")
     out: str = opt("out", "folder for checkpoint and log; an earlier run in it is renamed, never overwritten")
     # how long, how much at a time (defaults: DEFAULTS[model])
@@ -77,7 +81,14 @@ class Config:
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
     eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth of the steps)")
     eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
-    resume: bool = opt(False, "go on from the checkpoint in --out")
+    keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays, too")
+    resume: bool = opt(False, "go on from the newest checkpoint in --out that is whole")
+    # time and memory
+    recompute: str = opt("none", "made again in the backward pass instead of kept: none, act (of moss, the FP8 inputs "
+                                 "of linear layers) or block (all but the inputs of blocks)")
+    eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
+    bench: bool = opt(False, "do not train: time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random "
+                             "tokens each")
     # where
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -107,17 +118,25 @@ def resolve(config, device, world):
     """Fills in the defaults that depend on preset, device and number of ranks; refuses what cannot work."""
     c = config
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
-    if c.fp8 not in RECIPES:
-        raise UserError(f"--fp8 {c.fp8} is no recipe: choose one of {', '.join(RECIPES)}")
+    c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
+    for fp8 in c.fp8.split(",") if c.bench else [c.fp8]:
+        if fp8 not in RECIPES:
+            raise UserError(f"--fp8 {fp8} is no recipe: choose one of {', '.join(RECIPES)}")
     if c.model not in PRESETS:
         raise UserError(f"--model {c.model} is no preset: choose one of {', '.join(PRESETS)}")
+    if c.recompute not in RECOMPUTE:
+        raise UserError(f"--recompute {c.recompute} is unknown: choose one of {', '.join(RECOMPUTE)}")
+    if c.bench:
+        c.steps, c.accum = c.steps or 10, c.accum or 1
+    c.layers = PRESETS[c.model].layers if c.layers is None else c.layers
     for name, value in DEFAULTS[c.model].items():
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
     c.seq = PRESETS[c.model].seq if c.seq is None else c.seq
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
-    for name in ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips"):
+    for name in ("layers", "steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips",
+                 "keep"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name} {getattr(c, name)} must be at least 1")
     for name in ("lr", "clip"):
@@ -139,7 +158,7 @@ def resolve(config, device, world):
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {-(-c.accum // world) * world}")
-    if RECIPES[c.fp8] and c.batch * c.seq % 16:
+    if c.fp8 != "none" and c.batch * c.seq % 16:
         raise UserError(f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which "
                         f"--fp8 {c.fp8} needs to sum over them: change --batch or --seq")
     return c
@@ -268,11 +287,32 @@ def open_data(source):
     return train, val, 256 if dtype == np.uint8 else None
 
 
+def shuffled(number, n, rng):
+    """The place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
+
+    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone whatever
+    f does, so no two numbers meet. One that lands at n or above is sent through again until it lands below.
+    """
+    bits = max(n - 1, 1).bit_length() + 1 >> 1
+    keys = rng.integers(1 << 62, size=4).tolist()
+    while True:
+        for key in keys:
+            left, right = number >> bits, number & (1 << bits) - 1
+            mixed = (right + key) * 0x9E3779B97F4A7C15 >> 32 & (1 << bits) - 1
+            number = right << bits | left ^ mixed
+        if number < n:
+            return number
+
+
 class Batches:
-    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks."""
+    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks.
+
+    The data are cut into windows; every epoch visits each of them once, in an order of its own.
+    """
 
     def __init__(self, tokens, config, vocab, what):
-        self.tokens, self.config, self.vocab, self.what = tokens, config, vocab, what
+        self.tokens, self.config, self.vocab = tokens, config, vocab
+        self.windows = (len(tokens) - 1) // config.seq
         if len(tokens) < config.seq + 1:
             raise UserError(f"the {what} data has {len(tokens)} tokens, fewer than one sequence of --seq {config.seq} "
                             f"+ 1: give more data or a shorter --seq")
@@ -296,11 +336,17 @@ class Batches:
         return windows[:, :-1], windows[:, 1:]
 
     def step(self, step, micro, device):
-        """Micro-batch number `micro` (over all ranks) of a training step."""
+        """Micro-batch number `micro` (over all ranks) of a training step: the next windows of the epoch's order."""
         c = self.config
-        rng = np.random.default_rng((c.seed, step))
-        starts = rng.integers(0, len(self.tokens) - c.seq, size=(c.accum, c.batch))
-        return self.load(starts[micro], device)
+        numbers = (step * c.accum + micro) * c.batch + np.arange(c.batch)
+        return self.load([self.start(*divmod(int(number), self.windows)) for number in numbers], device)
+
+    def start(self, epoch, number):
+        """Where window `number` of an epoch starts. Each epoch has its own order, and its own edges between windows."""
+        c = self.config
+        slack = len(self.tokens) - 1 - self.windows * c.seq
+        rng = np.random.default_rng((c.seed, epoch))
+        return int(rng.integers(slack + 1)) + c.seq * shuffled(number, self.windows, rng)
 
     def evaluation(self, i, device):
         """Micro-batch number i of eval_batches: evenly spaced windows, the same at every evaluation."""
@@ -391,38 +437,127 @@ def numerics(fp8, device):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path, state):
-    """Written beside its place and renamed into it: a crash leaves the old checkpoint or the new, never a half."""
-    temporary = path.with_suffix(".tmp")
+CHECKPOINT = re.compile(r"step_(\d+)_([0-9a-f]{8})\.pt")   # the step, and the CRC32 of the file
+
+
+def checkpoints(out):
+    """The checkpoints in a folder, the newest first."""
+    return sorted((p for p in out.glob("step_*.pt") if CHECKPOINT.fullmatch(p.name)), reverse=True)
+
+
+def checksum(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def write_checkpoint(out, state):
+    """Written beside its place and renamed into it: a crash leaves a whole file or none. -> its path."""
+    temporary = out / "checkpoint.tmp"
     with open(temporary, "wb") as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
+    path = out / f"step_{state['step']:08}_{checksum(temporary)}.pt"
     os.replace(temporary, path)
+    return path
 
 
-def load_checkpoint(path, model_config):
-    if not path.exists():
-        raise UserError(f"--resume: there is no checkpoint {path}: check --out, or leave --resume out")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:   # what torch.load raises depends on where the file is damaged
-        raise UserError(f"--resume: {path} is damaged ({type(e).__name__}): restore it from a copy") from None
+def on_cpu(state):
+    """A copy of nested dicts and lists whose tensors lie in the CPU's memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+class Saver:
+    """Writes checkpoints in the background, while training goes on, and keeps the last few and the best."""
+
+    def __init__(self, out, keep, say):
+        self.out, self.keep, self.say, self.thread, self.failed = out, keep, say, None, None
+
+    def save(self, state):
+        """Takes a copy and returns: training waits for the copy, and for the file before this one."""
+        self.wait()
+        self.thread = threading.Thread(target=self.write, args=(on_cpu(state),))
+        self.thread.start()
+
+    def write(self, state):
+        self.failed = None
+        try:
+            write_checkpoint(self.out, state)
+            for old in checkpoints(self.out)[self.keep:]:
+                if int(CHECKPOINT.fullmatch(old.name)[1]) != state["best"][1]:
+                    old.unlink()
+        except (OSError, RuntimeError) as e:   # a full disk is a RuntimeError of torch.save
+            self.failed = (f"the checkpoint of step {state['step']} could not be written ({e.__class__.__name__}: "
+                           f"{str(e).splitlines()[0]}): make room in {self.out}")
+            (self.out / "checkpoint.tmp").unlink(missing_ok=True)
+
+    def wait(self):
+        """Until the file is written. Says so if it was not; -> whether it was."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+            if self.failed:
+                self.say(f"warning: {self.failed}; {last_good(self.out)}")
+        return not self.failed
+
+
+def last_good(out):
+    return f"{checkpoints(out)[0]} is the last good one" if checkpoints(out) else "nothing was saved yet"
+
+
+def load_checkpoint(out, model_config, say):
+    """The newest checkpoint that is whole -> (its path, the state)."""
+    if not checkpoints(out):
+        raise UserError(f"--resume: there is no checkpoint in {out}: check --out, or leave --resume out")
+    for path in checkpoints(out):
+        try:
+            if checksum(path) == CHECKPOINT.fullmatch(path.name)[2]:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            reason = "its checksum is wrong"
+        except Exception as e:   # what torch.load raises depends on what is wrong with the file
+            reason = type(e).__name__
+        say(f"note: {path} is damaged ({reason}); looking for the one before it")
+    else:
+        raise UserError(f"--resume: no checkpoint in {out} is whole: restore one from a copy, or leave --resume out")
     if not isinstance(state, dict) or "model_config" not in state:
         raise UserError(f"--resume: {path} is no checkpoint of this program: check --out")
     for name, value in dataclasses.asdict(model_config).items():
         if name != "seq" and state["model_config"].get(name) != value:
             raise UserError(f"--resume: {path} holds a model with {name} = {state['model_config'].get(name)}, but "
                             f"{name} = {value} is asked for: use the --model and --data that it was trained with")
-    return state
+    return path, state
+
+
+def lock(out):
+    """A file that stays locked until this process ends, however it ends. UserError if another one holds it."""
+    try:
+        import fcntl
+    except ImportError:   # Windows
+        return None
+    held = open(out / ".lock", "a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
+    return held
 
 
 def set_aside(out):
-    """Renames the folder of an earlier run, so that nothing is overwritten."""
-    if (out / "log.jsonl").exists() or (out / "ckpt.pt").exists():
-        n = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
-        out.rename(out.with_name(f"{out.name}.{n}"))
-        print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
+    """Renames the folder of an earlier run, so that nothing is overwritten; -> whether there was one."""
+    if not (out / "log.jsonl").exists() and not checkpoints(out):
+        return False
+    n = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
+    out.rename(out.with_name(f"{out.name}.{n}"))
+    print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
+    return True
 
 
 def logged_step(line):
@@ -453,6 +588,17 @@ def learning_rate(step, c):
         return c.lr * (step + 1) / (c.warmup + 1)
     progress = (step - c.warmup) / max(c.steps - c.warmup, 1)
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+def make_model(c, device, vocab=None):
+    """BF16 is compiled whole on a GPU. FP8 recipes compile the pieces that are not ours (model.py)."""
+    config = dataclasses.replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
+    with torch.device(device):
+        model = Transformer(config, c.fp8, c.recompute)
+    torch.compiler.set_stance("force_eager" if c.eager else "default")
+    if device.type == "cuda" and c.fp8 == "none" and not c.eager:
+        model.compile()
+    return model
 
 
 def make_optimizer(model, c):
@@ -623,13 +769,11 @@ def build(c, device):
         raise UserError(f"--data: {e.filename} cannot be read ({e.strerror}): check its permissions") from None
     torch.manual_seed(c.seed)
     try:
-        model_config = dataclasses.replace(PRESETS[c.model], seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
-        with torch.device(device):
-            model = Transformer(model_config, c.fp8)
+        model = make_model(c, device, vocab)
     except ValueError as e:
         raise UserError(e) from None
-    return (model, Batches(train_tokens, c, model_config.vocab, "training"),
-            Batches(val_tokens, c, model_config.vocab, "validation"))
+    return (model, Batches(train_tokens, c, model.config.vocab, "training"),
+            Batches(val_tokens, c, model.config.vocab, "validation"))
 
 
 def restore(state, model, optimizer, scales, c, say):
@@ -673,12 +817,12 @@ def train(config):
     model, train_batches, val_batches = build(c, device)
     optimizer = make_optimizer(model, c)
     scales = make_scales(model, optimizer, c)
-    out, checkpoint = Path(c.out), Path(c.out) / "ckpt.pt"
+    out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
 
     step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
     if c.resume:
-        state = load_checkpoint(checkpoint, model.config)
-        step, updates, skipped = state["step"], state["updates"], state["skipped"]
+        checkpoint, state = load_checkpoint(out, model.config, say)
+        step, updates, skipped, best = (state[key] for key in ("step", "updates", "skipped", "best"))
         if step >= c.steps:
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
@@ -689,9 +833,11 @@ def train(config):
     # From here on files are written.
     if main:
         try:
-            if not c.resume:
-                set_aside(out)
+            held = lock(out) if out.exists() else None
+            if not c.resume and set_aside(out):
+                held = None   # the lock went with the folder
             out.mkdir(parents=True, exist_ok=True)
+            held = held or lock(out)
             log = open_log(out, step if c.resume else None)
         except OSError as e:
             raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
@@ -707,17 +853,19 @@ def train(config):
     ddp = model
     if ranks.world > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+                                      gradient_as_bucket_view=True, broadcast_buffers=False)
     tokens_per_step = c.accum * c.batch * c.seq
     flops_per_step = tokens_per_step * flops_per_token(model.config)
     peak = bf16_peak(device)
 
-    def save():
+    saver = Saver(out, c.keep, say)
+
+    def save():   # nothing random is drawn while training, and the data's place is the step: this is all there is
         if main:
-            save_checkpoint(checkpoint, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scales": scales.state_dict() if scales else None, "step": step, "updates": updates,
-                "skipped": skipped, "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model.config)})
+            saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "scales": scales.state_dict() if scales else None, "step": step, "updates": updates,
+                        "skipped": skipped, "best": best, "config": dataclasses.asdict(c),
+                        "model_config": dataclasses.asdict(model.config)})
 
     val_loss = evaluate(model, val_batches, ranks)
     say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
@@ -747,9 +895,9 @@ def train(config):
                 say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
                 if in_a_row >= c.max_skips:
                     first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
-                    saved = f"{checkpoint} holds the last state" if checkpoint.exists() else "nothing was saved yet"
+                    saver.wait()
                     raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
-                                   f"the data; {saved}")
+                                   f"the data; {last_good(out)}")
             optimizer.zero_grad(set_to_none=ranks.world == 1)   # DDP: the gradients stay in its buckets, one copy
             step += 1
 
@@ -764,6 +912,7 @@ def train(config):
                 record.update(health, skipped=skipped)
                 if evaluating:
                     record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
+                    best = min(best, [val_loss, step])
                 if evaluating or stopping:
                     save()
                 if main:
@@ -772,12 +921,17 @@ def train(config):
                 say(progress_line(record, c, left))
                 last_step, last_time = step, time.perf_counter()
             if stopping and step < c.steps:
+                if not saver.wait():
+                    raise RunError(saver.failed)
                 say("stopped by a signal and saved; go on with the same command and --resume")
                 return None
 
     seconds = time.perf_counter() - started
+    if not saver.wait():
+        raise RunError(saver.failed)
     if main:
         log.close()
+        held.close()
         print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
                "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": skipped,
@@ -788,10 +942,92 @@ def train(config):
     return summary
 
 
+# ---------------------------------------------------------------------------------------------------
+# How fast is a step?
+
+COLUMNS = {  # of the table that --bench prints: (width, format)
+    "fwd+bwd ms": (11, ".2f"), "optimizer ms": (14, ".2f"), "tokens/s": (11, ",.0f"), "MFU": (8, ".1%"),
+    "x none": (8, ".3f"), "peak GiB": (10, ".2f"), "kept GiB": (10, ".3f"), "compile s": (11, ".1f")}
+
+
+def bench(c, device):
+    """Times the recipes one after another on random tokens; -> {name: its row of COLUMNS}. Writes no files.
+
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU are of --accum of the first and
+    one of the second, `x none` of the first alone. `kept` is what a forward pass leaves for the backward pass, and
+    `compile` what the first step took longer than the others.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x {c.seq} tokens, "
+          f"recompute {c.recompute}; medians of {c.steps} steps\n")
+    print(f"{'recipe':20}" + "".join(f"{title:>{width}}" for title, (width, _) in COLUMNS.items()))
+    rows = {}
+    rivals = ["torchao tensorwise", "torchao rowwise"] if device.type == "cuda" and find_spec("torchao") else []
+    for fp8 in c.fp8.split(",") + rivals:
+        rows[fp8] = row = bench_recipe(c, fp8, device)
+        row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
+        cells = (f"{row[title]:{width}{form}}" if math.isfinite(row[title]) else f"{'-':>{width}}"
+                 for title, (width, form) in COLUMNS.items())
+        print(f"{fp8:20}" + "".join(cells), flush=True)
+    return rows
+
+
+def use_torchao(model, kind):
+    """Hands the linear layers of the blocks over to torchao's float8 training."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    for block in model.blocks:
+        for name, layer in list(block.named_children()):
+            if hasattr(layer, "recipe"):
+                theirs = torch.nn.Linear(*layer.weight.shape[::-1], bias=False, device="meta")
+                theirs.weight = layer.weight
+                setattr(block, name, theirs)
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name(kind))
+
+
+def bench_recipe(c, fp8, device):
+    torch.manual_seed(c.seed)
+    c = dataclasses.replace(c, fp8="none" if fp8.startswith("torchao") else fp8)
+    model = make_model(c, device)
+    optimizer = make_optimizer(model, c)
+    scales = make_scales(model, optimizer, c)
+    requantize(model, scales)
+    if fp8.startswith("torchao"):
+        use_torchao(model, fp8.split()[1])
+    inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
+    gpu, times, kept = device.type == "cuda", [], math.nan
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(c.steps + 3):   # the first three warm up
+        wait()
+        start, before = time.perf_counter(), torch.cuda.memory_allocated() if gpu else 0
+        loss = model(inputs, targets)
+        if gpu:
+            kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        wait()
+        middle = time.perf_counter()
+        update_weights(optimizer, model, scales, c.lr, step + 1, c)
+        wait()
+        times.append((middle - start, time.perf_counter() - middle))
+        optimizer.zero_grad()
+    forward_backward, update = (statistics.median(column) for column in zip(*times[3:]))
+    tokens, seconds = c.accum * c.batch * c.seq, c.accum * forward_backward + update
+    return {"fwd+bwd ms": 1e3 * forward_backward, "optimizer ms": 1e3 * update, "tokens/s": tokens / seconds,
+            "MFU": tokens * flops_per_token(model.config) / seconds / (bf16_peak(device) or math.nan),
+            "peak GiB": peak_memory(device) / 2**30 if gpu else math.nan, "kept GiB": kept / 2**30,
+            "compile s": times[0][0] - forward_backward}
+
+
 def main(argv=None):
     """Runs the command line; returns the exit code."""
     try:
-        train(parse_config(argv))
+        config = parse_config(argv)
+        if config.bench:
+            ranks = start_ranks(config.device)
+            bench(resolve(config, ranks.device, 1), ranks.device)
+        else:
+            train(config)
         return 0
     except UserError as e:
         code, message = 2, e

@@ -8,6 +8,7 @@ The runs are tiny (nano, 16 tokens x 2 sequences, a few steps) and in this proce
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -62,8 +63,12 @@ def run(command):
     return train.train(train.parse_config(command))
 
 
+def newest(out):
+    return train.checkpoints(out)[0]
+
+
 def checkpoint(out):
-    return torch.load(out / "ckpt.pt", weights_only=True)
+    return torch.load(newest(out), weights_only=True)
 
 
 def read_log(out):
@@ -126,7 +131,7 @@ def record_batches(monkeypatch):
 def record_states(monkeypatch):
     """-> list of what a run would have written as checkpoints: with --eval_every 1 its state after every step."""
     states = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: states.append(copy.deepcopy(state)))
+    monkeypatch.setattr(train.Saver, "save", lambda self, state: states.append(copy.deepcopy(state)))
     return states
 
 
@@ -193,6 +198,32 @@ def test_every_step_and_every_micro_batch_has_its_own_data():
     batches = train.Batches(tokens, config(accum=2), vocab, "training")
     seen = [batches.step(step, micro, CPU)[0] for step in (0, 1, 2) for micro in (0, 1)]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096])
+def test_a_shuffled_order_visits_every_number_once(n):
+    order = [train.shuffled(i, n, np.random.default_rng(7)) for i in range(n)]
+    assert sorted(order) == list(range(n))
+    if n >= 17:
+        assert order != sorted(order) and order != [train.shuffled(i, n, np.random.default_rng(8)) for i in range(n)]
+
+
+def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order():
+    tokens, _, vocab = train.open_data(str(ROOT / "train.py"))
+    batches = train.Batches(tokens, config(), vocab, "training")
+    epochs = [[batches.start(epoch, i) for i in range(batches.windows)] for epoch in (0, 1)]
+    for starts in epochs:
+        assert set(np.diff(sorted(starts))) == {16}   # side by side
+        assert min(starts) >= 0 and max(starts) + 16 < len(tokens)
+    assert np.argsort(epochs[0]).tolist() != np.argsort(epochs[1]).tolist()
+
+
+def test_steps_go_on_where_the_step_before_ended():
+    tokens, _, vocab = train.open_data(str(ROOT / "train.py"))
+    batches = train.Batches(tokens, config(accum=2), vocab, "training")
+    seen = torch.cat([batches.step(step, micro, CPU)[0] for step in (0, 1) for micro in (0, 1)])
+    expected = torch.stack([torch.from_numpy(tokens.read(batches.start(0, i), 16)) for i in range(8)])
+    assert torch.equal(seen, expected)
 
 
 def test_targets_are_the_tokens_one_place_further():
@@ -320,6 +351,7 @@ def test_after_a_crash_and_a_resume_the_log_has_every_step_once(tiny, tmp_path, 
         do_at_step(patch, 3, crash)   # step 3 is in the log, the last checkpoint is of step 2
         with pytest.raises(MemoryError):
             run(tiny("--fp8 none"))
+    gc.collect()   # the exception kept the run's frame, and with it the lock of its folder
     run(tiny("--fp8 none --resume"))
     assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4]
 
@@ -337,7 +369,8 @@ def test_scales_that_their_weights_exceed_are_measured_at_resume(tiny, tmp_path,
         assert run(tiny("--fp8 moss")) is None
     state = checkpoint(tmp_path / "out")
     state["scales"]["scale"] /= 2
-    torch.save(state, tmp_path / "out" / "ckpt.pt")
+    newest(tmp_path / "out").unlink()
+    train.write_checkpoint(tmp_path / "out", state)
     run(tiny("--fp8 moss --resume"))
     assert read_log(tmp_path / "out")[-1]["scale_ratio_min"] >= 1
 
@@ -392,24 +425,76 @@ def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch):
         train.main(tiny("--fp8 none"))
 
 
-def test_a_crash_while_saving_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, no_sample):
-    def disk_full(state, f):
-        f.write(b"half a checkpoint")
-        raise OSError("No space left on device")
+def full_disk(state, f):
+    f.write(b"half a checkpoint")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
     with monkeypatch.context() as patch:
-        do_at_step(patch, 3, lambda: patch.setattr(torch, "save", disk_full))
-        with pytest.raises(OSError):
-            run(tiny("--fp8 none"))
+        do_at_step(patch, 3, lambda: patch.setattr(torch, "save", full_disk))
+        assert train.main(tiny("--fp8 none")) == 1   # the last checkpoint is missing
+    out, err = capsys.readouterr()
+    good = str(newest(tmp_path / "out"))
+    assert f"No space left on device): make room in {tmp_path / 'out'}; {good} is the last good one" in out
+    assert len(err.splitlines()) == 1 and "step 4 could not be written" in err
     assert checkpoint(tmp_path / "out")["step"] == 2
+    assert not (tmp_path / "out" / "checkpoint.tmp").exists()
     assert run(tiny("--fp8 none --resume"))["steps"] == 4
+
+
+def test_a_run_goes_on_when_a_checkpoint_fails_and_a_later_one_does_not(tiny, tmp_path, monkeypatch, no_sample):
+    torch_save = torch.save
+    do_at_step(monkeypatch, 1, lambda: monkeypatch.setattr(torch, "save", full_disk))
+    do_at_step(monkeypatch, 3, lambda: monkeypatch.setattr(torch, "save", torch_save))
+    assert train.main(tiny("--fp8 none")) == 0
+    assert [checkpoint(tmp_path / "out")["step"], len(train.checkpoints(tmp_path / "out"))] == [4, 1]
+
+
+def test_a_run_keeps_the_last_checkpoints_and_the_best(tiny, tmp_path, monkeypatch, no_sample):
+    losses = iter([9.0, 3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))   # the first one is of the start
+    run(tiny("--fp8 none --steps 6 --eval_every 1 --keep 2"))
+    steps = [int(path.name.split("_")[1]) for path in train.checkpoints(tmp_path / "out")]
+    assert steps == [6, 5, 2]
+    assert checkpoint(tmp_path / "out")["best"] == [1.0, 2]
+
+
+def test_what_is_saved_is_the_state_when_save_was_called(tmp_path):
+    weight, saver = torch.zeros(3), train.Saver(tmp_path, 1, print)
+    saver.save({"model": {"w": weight}, "step": 1, "best": [0.0, 1]})
+    weight += 1   # the step after, while the file is being written
+    assert saver.wait() and checkpoint(tmp_path)["model"]["w"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit"])
+def test_resume_falls_back_past_a_damaged_checkpoint_and_says_so(damage, tiny, tmp_path, no_sample, capsys):
+    run(tiny("--fp8 none"))
+    path, older = train.checkpoints(tmp_path / "out")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data[:-100] if damage == "cut" else data)
+    assert run(tiny("--fp8 none --resume"))["steps"] == 4
+    printed = capsys.readouterr().out
+    assert f"{path} is damaged (its checksum is wrong)" in printed and f"resumed {older} at step 2" in printed
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, no_sample, capsys):
+    (tmp_path / "out").mkdir()
+    held = train.lock(tmp_path / "out")
+    for more in ("", " --resume"):
+        assert train.main(tiny("--fp8 none --steps 1" + (more if train.checkpoints(tmp_path / "out") else ""))) == 2
+        assert "is in use by another run" in capsys.readouterr().err
+    held.close()
+    assert train.main(tiny("--fp8 none --steps 1")) == 0
 
 
 def test_an_earlier_run_is_renamed_and_never_overwritten(tiny, tmp_path, no_sample):
     runs = []
     for seed in (1, 2, 3):
         run(tiny(f"--fp8 none --steps 1 --seed {seed}"))
-        runs.append((tmp_path / "out" / "ckpt.pt").read_bytes())
-    assert [(tmp_path / name / "ckpt.pt").read_bytes() for name in ("out.1", "out.2", "out")] == runs
+        runs.append(newest(tmp_path / "out").read_bytes())
+    assert [newest(tmp_path / name).read_bytes() for name in ("out.1", "out.2", "out")] == runs
 
 
 def test_the_current_folder_can_be_the_output_twice(tiny, tmp_path, monkeypatch, no_sample):
@@ -490,6 +575,9 @@ def test_tokens_of_two_types_in_a_folder_are_refused(tiny, tmp_path, capsys):
 BAD_OPTIONS = {   # options: what the line says
     "--model gpt5": ["--model gpt5", "no preset", "nano, 124m"],
     "--fp8 e3m4": ["--fp8 e3m4", "no recipe", "none, tensor, group, mx, moss"],
+    "--bench --fp8 none,e3m4": ["--fp8 e3m4", "no recipe"],
+    "--fp8 none,moss": ["--fp8 none,moss", "no recipe"],   # several only to --bench
+    "--recompute all": ["--recompute all", "none, act, block"],
     "--device tpu": ["--device tpu", "no device", "use cpu"],
     "--device cuda:99": ["--device cuda:99", "GPU 99", "use --device cpu"],
     "--device meta": ["--device meta", "not supported", "use cpu"],
@@ -509,7 +597,7 @@ BAD_OPTIONS = {   # options: what the line says
     "--seed -1": ["--seed -1"],
     "--seed 99999999999999999999": ["--seed 99999999999999999999"],
     **{f"--{name} {value}": [f"--{name} {value}", "at least 1"] for value in (0, -3) for name in
-       ("steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips")},
+       ("layers", "steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips")},
 }
 
 
@@ -569,27 +657,21 @@ def test_resume_of_another_configuration_is_refused(tiny, tmp_path, monkeypatch,
     assert_refused(tiny("--fp8 none --resume"), ["ffn = 384", "ffn = 256", "use the --model"], tmp_path, capsys)
 
 
-def spoil(name, path):
-    """Makes an unusable file of a good checkpoint."""
-    good = path.read_bytes()
-    if name == "truncated":
-        path.write_bytes(good[:len(good) // 2])
-    elif name == "empty":
-        path.write_bytes(b"")
-    elif name == "garbage":
-        path.write_bytes(b"garbage" * 1000)
-    elif name == "another program's":
-        torch.save({"model": {}, "iter_num": 5}, path)
-    elif name == "a list":
-        torch.save([1, 2, 3], path)
+@pytest.mark.parametrize("state", [{"model": {}, "iter_num": 5, "step": 1}, [1, 2, 3]], ids=["a dict", "a list"])
+def test_resume_from_another_programs_checkpoint_is_refused(state, tiny, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    made = tmp_path / "file"
+    torch.save(state, made)
+    made.rename(tmp_path / "out" / f"step_00000001_{train.checksum(made)}.pt")
+    assert_refused(tiny("--fp8 none --resume"), ["--resume", "step_00000001", "no checkpoint of"], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", ["truncated", "empty", "garbage", "another program's", "a list"])
-def test_resume_from_an_unusable_checkpoint_is_refused(name, tiny, tmp_path, no_sample, capsys):
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
+def test_resume_where_no_checkpoint_is_whole_is_refused(content, tiny, tmp_path, no_sample, capsys):
     run(tiny("--fp8 none --steps 1"))
     capsys.readouterr()
-    spoil(name, tmp_path / "out" / "ckpt.pt")
-    assert_refused(tiny("--fp8 none --resume"), ["--resume", "ckpt.pt"], tmp_path, capsys)
+    newest(tmp_path / "out").write_bytes(content)
+    assert_refused(tiny("--fp8 none --resume"), ["--resume", "no checkpoint in", "is whole"], tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -808,15 +890,15 @@ def test_a_run_whose_gradients_stay_nan_stops_and_names_the_layer(tiny, monkeypa
 
 def test_a_run_that_stops_leaves_its_last_good_checkpoint_and_names_it(tiny, tmp_path, monkeypatch, capsys):
     poison_gradient(monkeypatch, f"{POISONED}.weight", range(2, 10**6))
-    assert_stops(tiny("--fp8 none --steps 9 --max_skips 3 --eval_every 2"), [str(tmp_path / "out" / "ckpt.pt")], capsys)
+    assert_stops(tiny("--fp8 none --steps 9 --max_skips 3 --eval_every 2"), ["step_00000004", "last good one"], capsys)
     assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "out")["model"].values())
 
 
 def test_a_run_that_never_saved_names_no_checkpoint(tiny, tmp_path, monkeypatch, capsys):
     poison_gradient(monkeypatch, f"{POISONED}.weight", ALWAYS)
     assert train.main(tiny("--fp8 none --max_skips 2 --eval_every 4")) == 1
-    assert not (tmp_path / "out" / "ckpt.pt").exists()
-    assert "ckpt.pt" not in capsys.readouterr().err
+    assert not train.checkpoints(tmp_path / "out")
+    assert "nothing was saved yet" in capsys.readouterr().err
 
 
 def poisoned_model(recipe, weight_value):
@@ -986,3 +1068,44 @@ def test_the_resolved_configuration_is_printed_and_saved(tiny, tmp_path, no_samp
     for name, value in saved.items():
         assert f"{name}={value}" in printed
     assert saved["lr"] == train.DEFAULTS["nano"]["lr"]   # not given above
+
+
+# ---------------------------------------------------------------------------------------------------
+# --bench
+
+BENCH = "--bench --device cpu --model nano --layers 1 --seq 16 --batch 2 --steps 2".split()
+
+
+def test_bench_prints_a_row_for_every_recipe_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(BENCH) == 0
+    rows = capsys.readouterr().out.splitlines()[-len(RECIPES):]
+    assert [row.split()[0] for row in rows] == list(RECIPES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_counts_the_tokens_of_all_micro_batches_and_one_optimizer_step(capsys):
+    c = train.resolve(train.parse_config([*BENCH, "--accum", "3", "--fp8", "none,moss"]), CPU, 1)
+    for row in train.bench(c, CPU).values():
+        seconds = (3 * row["fwd+bwd ms"] + row["optimizer ms"]) / 1e3
+        assert row["tokens/s"] == pytest.approx(3 * 2 * 16 / seconds)
+    assert " nan" not in capsys.readouterr().out.replace("nano", "")   # what a CPU does not know is a dash
+
+
+def test_bench_compares_with_bf16_only_where_that_was_timed(capsys):
+    c = train.resolve(train.parse_config([*BENCH, "--fp8", "moss,none"]), CPU, 1)
+    rows = train.bench(c, CPU)
+    assert math.isnan(rows["moss"]["x none"]) and rows["none"]["x none"] == 1
+
+
+@pytest.mark.parametrize("recompute", ["act", "block"])
+def test_recomputing_activations_changes_no_bit_of_a_run(recompute, tiny, tmp_path, no_sample):
+    run(tiny("--fp8 moss", out="kept"))
+    run(tiny(f"--fp8 moss --recompute {recompute}", out="again"))
+    assert same(checkpoint(tmp_path / "kept")["model"], checkpoint(tmp_path / "again")["model"])
+
+
+def test_layers_is_the_number_of_blocks(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 none --layers 2"))
+    names = checkpoint(tmp_path / "out")["model"]
+    assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {"0", "1"}
