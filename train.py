@@ -36,7 +36,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
-from microscale import HAS_TRITON, RECIPES, has_fp8_tensor_cores
+from fp8_formats import E4M3
+from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
@@ -89,6 +90,9 @@ class Config:
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
     bench: bool = opt(False, "do not train: time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random "
                              "tokens each")
+    # several ranks
+    shard: bool = opt(False, "each rank keeps FP32 weights and Adam's moments of its share of the layers only "
+                             "(ZeRO-1), and ranks exchange FP8 weights; --fp8 moss")
     # where
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -158,6 +162,8 @@ def resolve(config, device, world):
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {-(-c.accum // world) * world}")
+    if c.shard and c.fp8 != "moss":
+        raise UserError(f"--shard needs --fp8 moss, not {c.fp8}: without predicted scales each rank has to see all weights")
     if c.fp8 != "none" and c.batch * c.seq % 16:
         raise UserError(f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which "
                         f"--fp8 {c.fp8} needs to sum over them: change --batch or --seq")
@@ -481,9 +487,9 @@ class Saver:
         self.out, self.keep, self.say, self.thread, self.failed = out, keep, say, None, None
 
     def save(self, state):
-        """Takes a copy and returns: training waits for the copy, and for the file before this one."""
+        """Returns at once, or when the file before is written. The state must not change any more: see `on_cpu`."""
         self.wait()
-        self.thread = threading.Thread(target=self.write, args=(on_cpu(state),))
+        self.thread = threading.Thread(target=self.write, args=(state,))
         self.thread.start()
 
     def write(self, state):
@@ -519,7 +525,7 @@ def load_checkpoint(out, model_config, say):
     for path in checkpoints(out):
         try:
             if checksum(path) == CHECKPOINT.fullmatch(path.name)[2]:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)   # ranks share one copy
                 break
             reason = "its checksum is wrong"
         except Exception as e:   # what torch.load raises depends on what is wrong with the file
@@ -601,17 +607,19 @@ def make_model(c, device, vocab=None):
     return model
 
 
-def make_optimizer(model, c):
+def make_optimizer(model, c, shards=None):
     """AdamW in the same groups under every recipe: quantised weights, other matrices, and norms without decay."""
-    quantised = [layer.weight for layer in model.linears()]
-    others = [p for p in model.parameters() if not any(p is q for q in quantised)]
+    layers = [layer for layer in model.linears() if shards is None or shards.mine(layer.weight)]
+    quantised = [layer.weight for layer in layers]
+    others = [p for p in model.parameters() if p not in {layer.weight for layer in model.linears()}]
+    others = [p for p in others if shards is None or shards.mine(p)]
     groups = [{"params": quantised, "weight_decay": c.weight_decay},
               {"params": [p for p in others if p.dim() >= 2], "weight_decay": c.weight_decay},
               {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=quantised[0].is_cuda)
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe and model.recipe.weight_scale == "predicted":
-        return FP8AdamW(groups, model.linears(), **options)
+        return FP8AdamW(groups, layers, **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -627,13 +635,91 @@ def make_scales(model, optimizer, c):
     return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
 
 
-def requantize(model, scales):
+def requantize(model, scales, shards=None):
     """New FP8 copies of all weights."""
     for i, layer in enumerate(model.linears()):
-        layer.requantize(None if scales is None else scales.scale[i])
+        if shards is None or shards.mine(layer.weight):
+            layer.requantize(None if scales is None else scales.scale[i])
+    if shards:
+        shards.share(scales)
 
 
-def update_weights(optimizer, model, scales, lr, update, c):
+class Shards:
+    """ZeRO stage 1 by whole parameters: each has one rank that owns its FP32 weights and moments and takes its steps.
+
+        after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner while the backward pass goes on
+        after the step   quantised weights: W in FP8 from the owner to all, each of which makes its W^T of it;
+                         embedding, head and norms in FP32
+
+    That is 2 + 1 bytes a parameter instead of the 4 of BF16 gradients and weights. It takes no exchange of scales: they
+    are predicted, by the same arithmetic on all ranks. Only where they are measured do the owners tell the others.
+    """
+
+    def __init__(self, model, ranks):
+        self.ranks, self.layers = ranks, {layer.weight: layer for layer in model.linears()}
+        self.parameters, self.sent, self.sending = list(model.parameters()), [], False
+        self.owner, load = {}, [0] * ranks.world
+        for p in sorted(self.parameters, key=lambda p: -p.numel()):   # the largest first, to the least loaded rank
+            self.owner[p] = load.index(min(load))
+            load[self.owner[p]] += p.numel()
+            p.register_post_accumulate_grad_hook(self.send)
+        for p in self.layers:
+            if not self.mine(p):
+                p.data = p.data.new_zeros(1, 1).expand(p.shape)   # a shape without the numbers
+
+    def mine(self, p):
+        return self.owner[p] == self.ranks.rank
+
+    def send(self, p):
+        """Called in the backward pass when the gradient of p is complete; the last micro-batch's goes out."""
+        if not self.sending:
+            return
+        gradient = p.grad.to(torch.bfloat16 if p.is_cuda else p.dtype) / self.ranks.world
+        p.grad = p.grad if self.mine(p) else None
+        self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
+        if len(self.sent) > 8:   # older ones have arrived: their memory is free again
+            self.receive(self.sent.pop(0))
+
+    def receive(self, message):
+        p, gradient, work = message
+        work.wait()
+        if self.mine(p):
+            p.grad.copy_(gradient)
+
+    def norm(self):
+        """Waits for the gradients -> the norm of all of them, also of those that other ranks own."""
+        while self.sent:
+            self.receive(self.sent.pop(0))
+        zero = torch.zeros((), device=self.parameters[0].device)
+        norms = [torch.linalg.vector_norm(p.grad) if self.mine(p) else zero for p in self.parameters]
+        return torch.linalg.vector_norm(all_sum(torch.stack(norms)))
+
+    def share(self, scales, measured=True):
+        """Sends what the owners have to all ranks, after a step or at the start."""
+        if measured:   # what a rank does not own looks like zeros to it
+            dist.all_reduce(scales.scale, dist.ReduceOp.MAX)
+        work = []
+        for i, (p, layer) in enumerate(self.layers.items()):
+            if layer.w is None:
+                scale = scales.scale[i].view(1, 1)
+                data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
+                layer.w, layer.w_t = Quantized(data, scale, (ALL, ALL)), Quantized(None, scale, (ALL, ALL))
+            work.append(dist.broadcast(layer.w.data.view(torch.uint8), self.owner[p], async_op=True))
+        work += [dist.broadcast(p.data, self.owner[p], async_op=True) for p in self.owner if p not in self.layers]
+        for message in work:
+            message.wait()
+        for p, layer in self.layers.items():
+            if not self.mine(p):
+                layer.w_t.data = transpose(layer.w.data)
+
+    def collect(self, p, tensor):
+        """The owner's tensor of the shape of p, on all ranks."""
+        tensor = tensor if self.mine(p) else torch.empty(p.shape, device=p.device)
+        dist.broadcast(tensor, self.owner[p])
+        return tensor
+
+
+def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     """Optimizer step number `update`, from 1, and then the FP8 copies: once per step, not once per micro-batch.
 
     A scale that is predicted is there before the step, and FP8AdamW writes the copies along with the weights. One that
@@ -646,7 +732,9 @@ def update_weights(optimizer, model, scales, lr, update, c):
     if scales and not predicted:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     if not predicted or not optimizer.layers:
-        requantize(model, scales)
+        requantize(model, scales, shards)
+    elif shards:
+        shards.share(scales, measured=False)
 
 
 @torch.no_grad()
@@ -684,11 +772,12 @@ def first_non_finite(model, tokens, targets):
     return "the loss"
 
 
-def scale_health(model, scales):
+def scale_health(model, scales, shards=None):
     """Predicted / true weight scale (below 1 weights saturate); shares of X and dY cut off and changed by folding."""
     health = {}
     if scales is not None:
-        least, most = scales.headroom().aminmax()
+        known = [i for i, w in enumerate(scales.weights) if shards is None or shards.mine(w)]
+        least, most = scales.headroom()[known].aminmax()
         health.update(scale_ratio=most.item(), scale_ratio_min=least.item())
     records = [layer.health for layer in model.linears() if layer.health]
     for key in records[0] if records else ():
@@ -776,15 +865,40 @@ def build(c, device):
             Batches(val_tokens, c, model.config.vocab, "validation"))
 
 
+def collect_state(model, optimizer, shards, main):
+    """Weights and moments by the names of the parameters, in the CPU's memory of rank 0."""
+    weights, moments, started = {}, {}, len(optimizer.state) > 0
+    for name, p in model.named_parameters():
+        kept = {"weight": p.data, **optimizer.state.get(p, {})}
+        if shards and p in shards.owner:
+            keys = ("weight", "exp_avg", "exp_avg_sq") if started else ("weight",)
+            kept = {**kept, **{key: shards.collect(p, kept.get(key)) for key in keys}}
+            kept["step"] = next((s["step"] for s in optimizer.state.values()), None)   # all parameters step together
+        if main:
+            kept = on_cpu(kept)
+            weights[name] = kept.pop("weight")
+            moments[name] = kept if started else {}
+    return weights, moments
+
+
+@torch.no_grad()
+def restore_weights(state, model):
+    for name, p in model.named_parameters():
+        p.copy_(state["model"][name])
+
+
 def restore(state, model, optimizer, scales, c, say):
     """Puts a checkpoint back; of the optimizer only moments and step counts, its settings are those of this run.
 
     Scales come back bit for bit: measuring them anew would make a resumed run differ from an uninterrupted one. They
     are measured where the recipe is another one now, or where a weight exceeds what its scale allows.
     """
-    model.load_state_dict(state["model"])
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    names = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in state["optimizer"][names[p]].items():   # step counts of a kernel of ours lie on the CPU
+                device = p.device if key != "step" or group["fused"] else "cpu"
+                optimizer.state[p][key] = value.to(device, copy=True)
     if scales:
         if state["config"]["fp8"] == c.fp8:
             scales.load_state_dict(state["scales"])
@@ -795,15 +909,17 @@ def restore(state, model, optimizer, scales, c, say):
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
-def forward_backward(model, batches, step, c, ranks):
+def forward_backward(model, batches, step, c, ranks, shards=None):
     """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss."""
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
         tokens, targets = batches.step(step, micro, ranks.device)
-        with model.no_sync() if ranks.world > 1 and micro != mine[-1] else nullcontext():
+        if shards:
+            shards.sending = micro == mine[-1]
+        with model.no_sync() if ranks.world > 1 and not shards and micro != mine[-1] else nullcontext():
             loss = model(tokens, targets)
-            (loss / len(mine)).backward()     # DDP averages over the ranks
+            (loss / len(mine)).backward()     # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
     return loss_sum
 
@@ -815,8 +931,6 @@ def train(config):
     say = print if main else lambda *_: None
     c = resolve(config, device, ranks.world)
     model, train_batches, val_batches = build(c, device)
-    optimizer = make_optimizer(model, c)
-    scales = make_scales(model, optimizer, c)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
 
     step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
@@ -826,9 +940,14 @@ def train(config):
         if step >= c.steps:
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
+        restore_weights(state, model)
+    shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
+    optimizer = make_optimizer(model, c, shards)
+    scales = make_scales(model, optimizer, c)
+    if c.resume:
         restore(state, model, optimizer, scales, c, say)
         del state   # 12 bytes per parameter of host memory
-    requantize(model, scales)
+    requantize(model, scales, shards)
 
     # From here on files are written.
     if main:
@@ -851,7 +970,7 @@ def train(config):
         say(f"resumed {checkpoint} at step {step}")
 
     ddp = model
-    if ranks.world > 1:
+    if ranks.world > 1 and not shards:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True, broadcast_buffers=False)
     tokens_per_step = c.accum * c.batch * c.seq
@@ -861,9 +980,10 @@ def train(config):
     saver = Saver(out, c.keep, say)
 
     def save():   # nothing random is drawn while training, and the data's place is the step: this is all there is
+        weights, moments = collect_state(model, optimizer, shards, main)
         if main:
-            saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "scales": scales.state_dict() if scales else None, "step": step, "updates": updates,
+            saver.save({"model": weights, "optimizer": moments,
+                        "scales": on_cpu(scales.state_dict()) if scales else None, "step": step, "updates": updates,
                         "skipped": skipped, "best": best, "config": dataclasses.asdict(c),
                         "model_config": dataclasses.asdict(model.config)})
 
@@ -878,10 +998,10 @@ def train(config):
                 group["lr"] = lr
             logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
             watch(model, logging)
-            loss = forward_backward(ddp, train_batches, step, c, ranks)
-            health = scale_health(model, scales) if logging else {}
+            loss = forward_backward(ddp, train_batches, step, c, ranks, shards)
+            health = scale_health(model, scales, shards) if logging else {}
             watch(model, False)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = shards.norm() if shards else torch.nn.utils.get_total_norm([p.grad for p in parameters])
             flag = torch.tensor(float(stop.received), device=device)
             # All ranks learn the mean loss and whether one was told to stop: the one wait for the GPU in a step.
             loss, stopping, norm_value = torch.cat((all_sum(torch.stack((loss, flag))), norm.view(1))).tolist()
@@ -889,7 +1009,7 @@ def train(config):
             if math.isfinite(loss) and math.isfinite(norm_value):
                 torch.nn.utils.clip_grads_with_norm_(parameters, c.clip, norm)
                 updates, in_a_row = updates + 1, 0
-                update_weights(optimizer, model, scales, lr, updates, c)
+                update_weights(optimizer, model, scales, lr, updates, c, shards)
             else:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
@@ -898,7 +1018,7 @@ def train(config):
                     saver.wait()
                     raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
                                    f"the data; {last_good(out)}")
-            optimizer.zero_grad(set_to_none=ranks.world == 1)   # DDP: the gradients stay in its buckets, one copy
+            model.zero_grad(set_to_none=ddp is model)   # DDP: the gradients stay in its buckets, one copy
             step += 1
 
             evaluating = step % c.eval_every == 0 or step == c.steps

@@ -13,10 +13,13 @@ import itertools
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ON_HOPPER
 
 import model
 import train
@@ -110,9 +114,9 @@ def on_model(monkeypatch, action):
     """Calls `action(model)` on the run's model, with its initial weights, before anything is trained."""
     original = train.make_optimizer
 
-    def spy(model, c):
+    def spy(model, *arguments):
         action(model)
-        return original(model, c)
+        return original(model, *arguments)
     monkeypatch.setattr(train, "make_optimizer", spy)
 
 
@@ -280,13 +284,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=["none", "moss"])
+@pytest.fixture(scope="module", params=["none", "moss", "moss --shard"])
 def two_ranks(request, tmp_path_factory):
     """(folder of a run on two processes, the command line that made it)."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text.txt").write_text(TEXT)
     command = [*TINY, *f"--fp8 {request.param} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
-               "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
+               "--rescale_interval", "2", "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                            "--master_port", str(free_port()), str(ROOT / "train.py"), *command],
                           timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -302,6 +306,16 @@ def test_two_processes_train_the_same_weights_as_one(two_ranks, no_sample):
     one, two = checkpoint(folder / "one"), checkpoint(folder / "two")
     for part in ("model", "optimizer", "scales"):
         assert same(one[part], two[part]), part
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_as_if_it_had_been_one(two_ranks, no_sample):
+    folder, command = two_ranks
+    more = [*command, "--steps", "5"]   # another schedule than the first three steps had, but for both the same
+    run([*command, "--out", str(folder / "first")])
+    run([*more, "--resume", "--out", str(folder / "first")])
+    shutil.copytree(folder / "two", folder / "then")
+    run([*(word for word in more if word != "--shard"), "--resume", "--out", str(folder / "then")])
+    assert same(checkpoint(folder / "first")["model"], checkpoint(folder / "then")["model"])
 
 
 def test_two_processes_write_one_log(two_ranks):
@@ -462,7 +476,7 @@ def test_a_run_keeps_the_last_checkpoints_and_the_best(tiny, tmp_path, monkeypat
 
 def test_what_is_saved_is_the_state_when_save_was_called(tmp_path):
     weight, saver = torch.zeros(3), train.Saver(tmp_path, 1, print)
-    saver.save({"model": {"w": weight}, "step": 1, "best": [0.0, 1]})
+    saver.save(train.on_cpu({"model": {"w": weight}, "step": 1, "best": [0.0, 1]}))
     weight += 1   # the step after, while the file is being written
     assert saver.wait() and checkpoint(tmp_path)["model"]["w"].tolist() == [0, 0, 0]
 
@@ -477,6 +491,39 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_says_so(damage, tiny, t
     assert run(tiny("--fp8 none --resume"))["steps"] == 4
     printed = capsys.readouterr().out
     assert f"{path} is damaged (its checksum is wrong)" in printed and f"resumed {older} at step 2" in printed
+
+
+def fork(command):
+    """Runs the command in a copy of this process; -> its id."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(train.main(command))
+    return pid
+
+
+@pytest.mark.skipif(ON_HOPPER, reason="a process that has used a GPU cannot be copied")
+def test_kill_9_at_twenty_instants_loses_no_more_than_the_steps_since_the_last_checkpoint(tiny, tmp_path, no_sample):
+    command, instants = "--fp8 moss --steps 60 --eval_every 2", random.Random(0)
+    run(tiny(command, "whole"))
+    kills, out, reached = 0, tmp_path / "killed", 0
+    while kills < 20:
+        if reached == 60:   # a fast machine: once more from the start
+            shutil.rmtree(out)
+            reached = 0
+        pid = fork(tiny(command + (" --resume" if train.checkpoints(out) else ""), "killed"))
+        time.sleep(instants.uniform(0.01, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        kills += not os.waitpid(pid, 0)[1] == 0
+        for path in train.checkpoints(out):   # a name that looks whole is whole
+            assert train.checksum(path) == train.CHECKPOINT.fullmatch(path.name)[2]
+        steps = [int(path.name.split("_")[1]) for path in train.checkpoints(out)]
+        assert max(steps, default=0) >= reached   # nothing that was saved is ever lost
+        reached = max(steps, default=0)
+    if reached < 60:
+        assert train.main(tiny(command + (" --resume" if reached else ""), "killed")) == 0
+    assert same(checkpoint(tmp_path / "whole")["model"], checkpoint(out)["model"])
+    assert [record["step"] for record in read_log(out)] == list(range(1, 61))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, no_sample, capsys):
@@ -842,9 +889,8 @@ def test_a_step_with_a_nan_gradient_is_skipped_and_counted(recipe, tiny, monkeyp
     poison_gradient(monkeypatch, f"{POISONED}.weight", {2})
     states = record_states(monkeypatch)   # after steps 1 to 4
     summary = run(tiny(f"--fp8 {recipe} --eval_every 1"))
-    for part in ("model", "scales"):
+    for part in ("model", "scales", "optimizer"):
         assert same(states[2][part], states[1][part]), part
-    assert same(states[2]["optimizer"]["state"], states[1]["optimizer"]["state"])
     for before, after in ((0, 1), (2, 3)):
         assert not same(states[before]["model"], states[after]["model"])
     assert [state["skipped"] for state in states] == [0, 0, 1, 1]
@@ -986,13 +1032,17 @@ def test_without_warm_up_the_first_step_has_the_peak_learning_rate():
     assert train.learning_rate(0, config(steps=100, warmup=0, lr=2.0)) == 2.0
 
 
-def test_the_optimizer_gets_the_scheduled_learning_rate(tiny, tmp_path, no_sample):
-    command = tiny("--fp8 none --steps 6 --warmup 2")
+def test_the_optimizer_gets_the_scheduled_learning_rate(tiny, tmp_path, monkeypatch, no_sample):
+    command, used, original = tiny("--fp8 none --steps 6 --warmup 2"), [], train.update_weights
+
+    def spy(optimizer, *arguments):
+        used.append({group["lr"] for group in optimizer.param_groups})
+        original(optimizer, *arguments)
+    monkeypatch.setattr(train, "update_weights", spy)
     run(command)
     c = train.resolve(train.parse_config(command), CPU, 1)
     assert [record["lr"] for record in read_log(tmp_path / "out")] == [train.learning_rate(i, c) for i in range(6)]
-    assert {group["lr"] for group in checkpoint(tmp_path / "out")["optimizer"]["param_groups"]} == \
-        {train.learning_rate(5, c)}
+    assert used == [{train.learning_rate(i, c)} for i in range(6)]
 
 
 def test_weight_decay_spares_the_norms():
