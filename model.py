@@ -160,12 +160,19 @@ def rope(x, cos, sin):
 
 
 @compiled
-def attend(qkv, cos, sin, d, kv_dim, head_dim):
-    """qkv (B, T, d + 2 kv_dim) -> what the heads look up, (B, T, d). SDPA reads (B, heads, T, head_dim)."""
+def attend(qkv, cos, sin, d, kv_dim, head_dim, cache=None):
+    """qkv (B, T, d + 2 kv_dim) -> what the heads look up, (B, T, d). SDPA reads (B, heads, T, head_dim).
+
+    cache, while a text is being written: a dict with k and v of the tokens before, to which those of these are added.
+    """
     B, T, _ = qkv.shape
     q, k, v = (z.view(B, T, -1, head_dim) for z in qkv.split((d, kv_dim, kv_dim), dim=-1))
     q, k, v = (z.transpose(1, 2) for z in (rope(q, cos, sin), rope(k, cos, sin), v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=d != kv_dim)
+    causal = cache is None or not cache   # a single new token sees all that came before
+    if cache is not None:
+        k, v = (torch.cat((cache[name], z), dim=2) if cache else z for name, z in (("k", k), ("v", v)))
+        cache.update(k=k, v=v)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=d != kv_dim)
     return y.transpose(1, 2).reshape(B, T, d)
 
 
@@ -287,19 +294,19 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down")
 
-    def heads(self, qkv, cos, sin):
-        return attend(qkv, cos, sin, self.config.d, self.config.kv_dim, self.config.head_dim)
+    def heads(self, qkv, *rest):
+        return attend(qkv, *rest[:2], self.config.d, self.config.kv_dim, self.config.head_dim, *rest[2:])
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, *rest):   # cos, sin, and a cache while a text is being written
         if self.moss:
-            return self.forward_moss(x, cos, sin)
-        x = x + self.out(self.heads(self.qkv(self.norm1(x)), cos, sin))
+            return self.forward_moss(x, *rest)
+        x = x + self.out(self.heads(self.qkv(self.norm1(x)), *rest))
         return x + self.down(produce(self.gate_up(self.norm2(x)), "swiglu"))
 
-    def forward_moss(self, x, cos, sin):
+    def forward_moss(self, x, *rest):
         (B, T, d), kind, qkv, out = x.shape, self.config.norm, self.qkv, self.out
         y, x = NormLinear.apply(x.reshape(B * T, d), self.norm1.weight, qkv.weight, qkv, kind, self.again)
-        y = self.heads(y.view(B, T, -1), cos, sin).view(B * T, d)
+        y = self.heads(y.view(B, T, -1), *rest).view(B * T, d)
         x = LinearResidual.apply(y, x, out.weight, out, self.again)
         x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight,
                                      self.gate_up, self.down, kind, self.again)
@@ -389,14 +396,15 @@ class Transformer(nn.Module):
         """The layers that the recipe quantises, in the order of the forward pass."""
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
-    def forward(self, tokens, targets=None):
-        cos, sin = self.cos[:tokens.shape[1]], self.sin[:tokens.shape[1]]
+    def forward(self, tokens, targets=None, caches=None):
+        start = caches[0]["k"].shape[2] if caches and caches[0] else 0
+        cos, sin = (table[start:start + tokens.shape[1]] for table in (self.cos, self.sin))
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, *(() if caches is None else caches[i:i + 1]))
         x = self.norm(x)
         if targets is None:
             return self.head(x)                                                          # (B, T, vocab)
@@ -405,11 +413,15 @@ class Transformer(nn.Module):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
     def generate(self, tokens, count, temperature=0.8, generator=None):
-        """tokens (1, T) -> (1, T + count), sampled one at a time from the last `seq` tokens."""
+        """tokens (1, T) -> (1, T + count), sampled one at a time. Keys and values of earlier tokens are kept; when they
+        reach the longest sequence, the second half of it begins a new one."""
+        caches, new = [{} for _ in self.blocks], tokens[:, -self.config.seq:]
         for _ in range(count):
-            logits = self(tokens[:, -self.config.seq:])[:, -1].float() / temperature
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, token), dim=1)
+            if caches[0] and caches[0]["k"].shape[2] == self.config.seq:
+                caches, new = [{} for _ in self.blocks], tokens[:, -(self.config.seq + 1) // 2:]
+            logits = self(new, caches=caches)[:, -1].float() / temperature
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
 

@@ -14,6 +14,7 @@ the same order from the same initial weights; with the same `--accum`, so do run
 import argparse
 import dataclasses
 import gc
+import glob
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import sysconfig
 import threading
 import time
 import zlib
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,7 +38,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
-from fp8_formats import E4M3
+from fp8_formats import E4M3, new_plot
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
@@ -62,7 +64,8 @@ class Config:
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
     layers: int = opt(None, "blocks of the model (default: the preset's)")
-    data: str = opt(None, "folder of .bin, .npy or text files, or one such file (default: Python's standard library)")
+    data: str = opt(None, "folder of .bin, .npy or text files, one such file, or a pattern in quotes: 'tokens/*.bin' "
+                          "(default: Python's standard library)")
     out: str = opt("out", "folder for checkpoint and log; an earlier run in it is renamed, never overwritten")
     # how long, how much at a time (defaults: DEFAULTS[model])
     steps: int = opt(None, "optimizer steps of the whole run")
@@ -77,18 +80,24 @@ class Config:
     weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
     clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it")
     rescale_interval: int = opt(500, "steps between true rescales of predicted weight scales; 0 = never")
-    max_skips: int = opt(5, "stop after this many steps in a row with a non-finite loss or gradient")
+    spike: float = opt(100, "skip a step whose gradient norm is this many times the median of the last 100; 0 = never")
+    max_skips: int = opt(5, "stop after this many skipped steps in a row: spikes, and losses and gradients not finite")
     # watching and saving
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
     eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth of the steps)")
     eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
     keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays, too")
+    tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     resume: bool = opt(False, "go on from the newest checkpoint in --out that is whole")
     # time and memory
     recompute: str = opt("none", "made again in the backward pass instead of kept: none, act (of moss, the FP8 inputs "
                                  "of linear layers) or block (all but the inputs of blocks)")
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
-    bench: bool = opt(False, "do not train: time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random "
+    # instead of training
+    eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out")
+    sample: str = opt(None, "text (or token ids) that the newest checkpoint in --out is to go on with")
+    plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
+    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random "
                              "tokens each")
     # several ranks
     shard: bool = opt(False, "each rank keeps FP32 weights and Adam's moments of its share of the layers only "
@@ -146,7 +155,7 @@ def resolve(config, device, world):
     for name in ("lr", "clip"):
         if not 0 < getattr(c, name) < math.inf:
             raise UserError(f"--{name} {getattr(c, name)} must be a positive number")
-    for name in ("weight_decay", "warmup", "rescale_interval"):
+    for name in ("weight_decay", "warmup", "rescale_interval", "spike"):
         if not 0 <= getattr(c, name) < math.inf:
             raise UserError(f"--{name} {getattr(c, name)} must not be negative")
     for name in ("beta1", "beta2"):
@@ -163,7 +172,7 @@ def resolve(config, device, world):
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {-(-c.accum // world) * world}")
     if c.shard and c.fp8 != "moss":
-        raise UserError(f"--shard needs --fp8 moss, not {c.fp8}: without predicted scales each rank has to see all weights")
+        raise UserError(f"--shard needs --fp8 moss, not {c.fp8}: without a prediction a rank has to see all weights")
     if c.fp8 != "none" and c.batch * c.seq % 16:
         raise UserError(f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which "
                         f"--fp8 {c.fp8} needs to sum over them: change --batch or --seq")
@@ -266,9 +275,10 @@ def open_data(source):
     of the tokens, the last ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
-    if not root.exists():
-        raise UserError(f"--data {root} does not exist: give a folder or a file, or leave --data out")
-    files = [root] if root.is_file() else list_files(root, "*.py" if source is None else "*")
+    matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+    if not root.exists() and not matches:
+        raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
+    files = matches or list_files(root, "*.py" if source is None else "*")
     parts = [token_file(p) for p in files]
     dtypes = {dtype for _, dtype in parts}
     if len(dtypes) > 1:
@@ -566,6 +576,16 @@ def set_aside(out):
     return True
 
 
+def open_tensorboard(folder):
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder)
+
+
 def logged_step(line):
     """The step of a line of the log; infinity for one that a crash cut short."""
     try:
@@ -748,6 +768,17 @@ def evaluate(model, batches, ranks):
     return loss / count
 
 
+def check_scales_agree(scales, ranks):
+    """Predicted scales are never sent: the same arithmetic gives the same numbers everywhere, or something is wrong."""
+    if scales is None or ranks.world == 1:
+        return
+    least, most = scales.scale.clone(), scales.scale.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise RunError("the ranks have different weight scales: do all run the same version of the code?")
+
+
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
     """The first layer whose output is not finite, else the first whose gradient was not, from the loss backwards."""
@@ -769,7 +800,7 @@ def first_non_finite(model, tokens, targets):
     for name, p in reversed(list(model.named_parameters())):
         if p.grad is not None and not p.grad.isfinite().all():
             return f"the gradient of {name}"
-    return "the loss"
+    return "the loss or the norm of the gradient"
 
 
 def scale_health(model, scales, shards=None):
@@ -817,16 +848,20 @@ def json_line(record):
     return json.dumps(finite) + "\n"
 
 
-@torch.no_grad()
-def sample(model, batches, device, seed, count=200):
-    """What the model writes: text after "def ", or token ids after the first ones of the validation data."""
+def sample(model, batches, device, seed, prompt=None, count=200):
+    """What the model writes after `prompt`: text after "def ", or token ids after the first of the validation data."""
     is_text = batches.tokens.dtype == np.uint8
     if is_text:
-        prompt = np.frombuffer(b"def ", np.uint8).astype(np.int64)
+        prompt = list(("def " if prompt is None else prompt).encode())
+    elif prompt is None:
+        prompt = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
     else:
-        prompt = batches.tokens.read(0, min(16, len(batches.tokens)))
+        prompt = [int(word) if word.isdigit() else -1 for word in prompt.split()]
+    if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab:
+        raise UserError(f"--sample: {prompt} is not a sequence of token ids below {model.config.vocab}: this model was "
+                        f"trained on token ids, give some of them")
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = model.generate(torch.from_numpy(prompt)[None].to(device), count, generator=generator)[0].tolist()
+    tokens = model.generate(torch.tensor([prompt], device=device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
 
 
@@ -914,11 +949,16 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
-        tokens, targets = batches.step(step, micro, ranks.device)
+        try:
+            (tokens, targets), fault = batches.step(step, micro, ranks.device), 1.0
+        except (UserError, OSError, ValueError) as e:   # the other ranks wait for this one: go on, and let all skip
+            print(f"step {step + 1}, rank {ranks.rank}: {e}")
+            tokens, fault = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device), math.nan
+            targets = tokens
         if shards:
             shards.sending = micro == mine[-1]
         with model.no_sync() if ranks.world > 1 and not shards and micro != mine[-1] else nullcontext():
-            loss = model(tokens, targets)
+            loss = model(tokens, targets) * fault
             (loss / len(mine)).backward()     # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
     return loss_sum
@@ -932,11 +972,13 @@ def train(config):
     c = resolve(config, device, ranks.world)
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
+    norms = deque(maxlen=100)                # of the gradients of the last steps taken
 
     step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
     if c.resume:
         checkpoint, state = load_checkpoint(out, model.config, say)
         step, updates, skipped, best = (state[key] for key in ("step", "updates", "skipped", "best"))
+        norms.extend(state["norms"])
         if step >= c.steps:
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
@@ -958,6 +1000,7 @@ def train(config):
             out.mkdir(parents=True, exist_ok=True)
             held = held or lock(out)
             log = open_log(out, step if c.resume else None)
+            board = open_tensorboard(c.tensorboard)
         except OSError as e:
             raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
@@ -984,7 +1027,7 @@ def train(config):
         if main:
             saver.save({"model": weights, "optimizer": moments,
                         "scales": on_cpu(scales.state_dict()) if scales else None, "step": step, "updates": updates,
-                        "skipped": skipped, "best": best, "config": dataclasses.asdict(c),
+                        "skipped": skipped, "best": best, "norms": list(norms), "config": dataclasses.asdict(c),
                         "model_config": dataclasses.asdict(model.config)})
 
     val_loss = evaluate(model, val_batches, ranks)
@@ -1006,7 +1049,9 @@ def train(config):
             # All ranks learn the mean loss and whether one was told to stop: the one wait for the GPU in a step.
             loss, stopping, norm_value = torch.cat((all_sum(torch.stack((loss, flag))), norm.view(1))).tolist()
 
-            if math.isfinite(loss) and math.isfinite(norm_value):
+            spike = c.spike and len(norms) >= 20 and norm_value > c.spike * statistics.median(norms)
+            if math.isfinite(loss) and math.isfinite(norm_value) and not spike:
+                norms.append(norm_value)
                 torch.nn.utils.clip_grads_with_norm_(parameters, c.clip, norm)
                 updates, in_a_row = updates + 1, 0
                 update_weights(optimizer, model, scales, lr, updates, c, shards)
@@ -1016,7 +1061,7 @@ def train(config):
                 if in_a_row >= c.max_skips:
                     first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
                     saver.wait()
-                    raise RunError(f"{in_a_row} steps in a row were not finite, first {first}: lower --lr or look at "
+                    raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look at "
                                    f"the data; {last_good(out)}")
             model.zero_grad(set_to_none=ddp is model)   # DDP: the gradients stay in its buckets, one copy
             step += 1
@@ -1032,11 +1077,14 @@ def train(config):
                 record.update(health, skipped=skipped)
                 if evaluating:
                     record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
+                    check_scales_agree(scales, ranks)
                     best = min(best, [val_loss, step])
                 if evaluating or stopping:
                     save()
                 if main:
                     log.write(json_line(record))
+                    for key, value in record.items() if board else ():
+                        board.add_scalar(key, value, step)
                 left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
                 say(progress_line(record, c, left))
                 last_step, last_time = step, time.perf_counter()
@@ -1060,6 +1108,43 @@ def train(config):
     for key, value in summary.items():
         say(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
     return summary
+
+
+# ---------------------------------------------------------------------------------------------------
+# Instead of training: what a checkpoint can do, what the logs show
+
+def report(c, device):
+    """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
+    model, _, batches = build(c, device)
+    path, state = load_checkpoint(Path(c.out), model.config, print)
+    restore_weights(state, model)
+    optimizer = make_optimizer(model, c)
+    scales = make_scales(model, optimizer, c)
+    restore(state, model, optimizer, scales, c, print)
+    requantize(model, scales)
+    if c.eval_only:
+        loss = evaluate(model, batches, Ranks(0, 1, device))
+        print(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}, "
+              f"{numerics(c.fp8, device)}")
+    if c.sample is not None:
+        print(sample(model, batches, device, c.seed, c.sample))
+
+
+def plot_runs(folders, path):
+    """Training losses as lines, validation losses as dots, of the runs in these folders."""
+    figure, axes = new_plot()
+    for folder in folders:
+        try:
+            records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as e:
+            raise UserError(f"--plot: {folder} has no log to draw ({e}): give folders of runs as --out a,b") from None
+        line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name, lw=1)
+        evaluated = [r for r in records if "val_loss" in r]
+        axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=line.get_color())
+    axes.set(xlabel="step", ylabel="loss in nats per token; dots: validation")
+    axes.legend()
+    figure.savefig(path)
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1143,9 +1228,11 @@ def main(argv=None):
     """Runs the command line; returns the exit code."""
     try:
         config = parse_config(argv)
-        if config.bench:
-            ranks = start_ranks(config.device)
-            bench(resolve(config, ranks.device, 1), ranks.device)
+        if config.plot:
+            plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
+        elif config.bench or config.eval_only or config.sample is not None:
+            device = start_ranks(config.device).device
+            (bench if config.bench else report)(resolve(config, device, 1), device)
         else:
             train(config)
         return 0

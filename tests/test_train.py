@@ -924,14 +924,17 @@ def assert_stops(command, words, capsys):
         assert word in lines[0]
 
 
+THREE_SKIPS = "3 steps in a row had to be skipped"
+
+
 def test_a_run_whose_outputs_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
     on_model(monkeypatch, lambda model: model.blocks[1].down.register_forward_hook(lambda _, __, y: y * math.nan))
-    assert_stops(tiny("--fp8 mx --max_skips 3"), ["3 steps in a row", f"the output of {POISONED}"], capsys)
+    assert_stops(tiny("--fp8 mx --max_skips 3"), [THREE_SKIPS, f"the output of {POISONED}"], capsys)
 
 
 def test_a_run_whose_gradients_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
     poison_gradient(monkeypatch, f"{POISONED}.weight", ALWAYS)
-    assert_stops(tiny("--fp8 none --max_skips 3"), ["3 steps in a row", f"the gradient of {POISONED}.weight"], capsys)
+    assert_stops(tiny("--fp8 none --max_skips 3"), [THREE_SKIPS, f"the gradient of {POISONED}.weight"], capsys)
 
 
 def test_a_run_that_stops_leaves_its_last_good_checkpoint_and_names_it(tiny, tmp_path, monkeypatch, capsys):
@@ -969,7 +972,8 @@ def test_the_first_layer_whose_output_is_not_finite_is_found(recipe, value):
 def test_a_gradient_that_alone_is_not_finite_is_found(recipe):
     net, tokens, targets = poisoned_model(recipe, None)
     net(tokens, targets).backward()
-    assert train.first_non_finite(net, tokens, targets) == "the loss"   # nothing to find: all is finite
+    nothing = "the loss or the norm of the gradient"   # all is finite
+    assert train.first_non_finite(net, tokens, targets) == nothing
     dict(net.named_modules())[POISONED].weight.grad[0, 0] = math.nan
     assert train.first_non_finite(net, tokens, targets) == f"the gradient of {POISONED}.weight"
 
@@ -1159,3 +1163,103 @@ def test_layers_is_the_number_of_blocks(tiny, tmp_path, no_sample):
     run(tiny("--fp8 none --layers 2"))
     names = checkpoint(tmp_path / "out")["model"]
     assert {name.split(".")[1] for name in names if name.startswith("blocks.")} == {"0", "1"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# What else can go wrong with data and losses, and what a checkpoint can do
+
+def test_a_corrupted_batch_is_skipped_counted_and_named(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    np.save(tmp_path / "tokens.npy", np.arange(4000, dtype=np.int32) % 256)
+    command = tiny(f"--fp8 none --data {tmp_path / 'tokens.npy'} --steps 6")
+    monkeypatch.setitem(train.PRESETS, "nano", dataclasses.replace(PRESETS["nano"], vocab=256))
+
+    def corrupt():
+        np.save(tmp_path / "tokens.npy", np.full(4000, 999, np.int32))
+
+    def mend():
+        np.save(tmp_path / "tokens.npy", np.arange(4000, dtype=np.int32) % 256)
+    do_at_step(monkeypatch, 2, corrupt)
+    do_at_step(monkeypatch, 3, mend)
+    assert run(command)["skipped_steps"] == 1
+    assert f"step 3, rank 0: token id 999 in {tmp_path / 'tokens.npy'}" in capsys.readouterr().out
+
+
+def test_a_gradient_out_of_all_proportion_is_skipped(tiny, monkeypatch, no_sample):
+    losses, original = iter(range(10**6)), train.forward_backward
+
+    def spy(model, *arguments):
+        loss = original(model, *arguments)
+        if next(losses) == 25:
+            for p in model.parameters():
+                p.grad *= 1e4
+        return loss
+    monkeypatch.setattr(train, "forward_backward", spy)
+    states = record_states(monkeypatch)
+    assert run(tiny("--fp8 none --steps 28 --eval_every 1"))["skipped_steps"] == 1
+    assert same(states[25]["model"], states[24]["model"]) and not same(states[26]["model"], states[25]["model"])
+
+
+def test_eval_only_reports_the_loss_that_the_run_ended_with_and_its_perplexity(tiny, tmp_path, no_sample, capsys):
+    loss = run(tiny("--fp8 moss"))["val_loss"]
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert train.main(tiny("--fp8 moss --eval_only")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"step 4, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}"[:40] in line
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
+
+
+def test_sample_goes_on_with_a_text(tiny, capsys):
+    run(tiny("--fp8 none"))
+    capsys.readouterr()
+    assert train.main([*tiny("--fp8 none"), "--sample", "the quick"]) == 0
+    written = capsys.readouterr().out
+    assert "the quick" in written and len(written.encode()) >= len("the quick") + 200
+    assert train.main([*tiny("--fp8 none"), "--sample", ""]) == 2
+
+
+def test_plot_draws_the_losses_of_several_runs(tiny, tmp_path, no_sample, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        run(tiny("--fp8 none", name))
+    out = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    assert train.main(["--plot", str(tmp_path / "curves.png"), "--out", out]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert train.main(["--plot", str(tmp_path / "curves.png"), "--out", str(tmp_path / "none")]) == 2
+    assert "has no log to draw" in capsys.readouterr().err
+
+
+def test_tensorboard_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main(tiny(f"--fp8 none --tensorboard {tmp_path / 'board'}")) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_a_pattern_names_data_files(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"part{i}.npy", np.full(100, i, np.int32))
+    np.save(tmp_path / "other.npy", np.full(100, 9, np.int32))
+    train_tokens, val_tokens, _ = train.open_data(str(tmp_path / "part*.npy"))
+    assert len(train_tokens) + len(val_tokens) == 300 and set(train_tokens.read(0, 285)) == {0, 1, 2}
+
+
+def test_ranks_whose_scales_differ_are_stopped(monkeypatch):
+    scales = train.WeightScales([torch.ones(2, 2)])
+    monkeypatch.setattr(train.dist, "all_reduce", lambda t, op: t.mul_(2) if op == train.dist.ReduceOp.MAX else t)
+    with pytest.raises(train.RunError, match="different weight scales"):
+        train.check_scales_agree(scales, train.Ranks(0, 2, CPU))
+
+
+def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers(monkeypatch):
+    shards = []
+    for rank in range(4):
+        with torch.device("cpu"):
+            net = Transformer(PRESETS["nano"], "moss")
+        shards.append(train.Shards(net, train.Ranks(rank, 4, CPU)))
+        for p in shards[-1].layers:
+            assert p.untyped_storage().nbytes() == (4 * p.numel() if shards[-1].mine(p) else 4)
+    loads = [sum(p.numel() for p in s.parameters if s.mine(p)) for s in shards]
+    assert max(loads) < 1.1 * min(loads) and sum(loads) == sum(p.numel() for p in net.parameters())
+
+
+def test_shard_is_for_moss(tiny, tmp_path, capsys):
+    assert_refused(tiny("--fp8 tensor --shard"), ["--shard needs --fp8 moss", "tensor"], tmp_path, capsys)
