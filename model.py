@@ -377,9 +377,7 @@ class Transformer(nn.Module):
         self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
         if config.tied:
             self.head.weight = self.embed.weight
-        cos, sin = rope_table(config.seq, config.head_dim, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.rope = rope_table(config.seq, config.head_dim, config.rope_theta)   # no buffers: DDP would send them
         self.init_weights()
 
     @torch.no_grad()
@@ -398,7 +396,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, targets=None, caches=None):
         start = caches[0]["k"].shape[2] if caches and caches[0] else 0
-        cos, sin = (table[start:start + tokens.shape[1]] for table in (self.cos, self.sin))
+        if self.rope[0].device != tokens.device:
+            self.rope = tuple(table.to(tokens.device) for table in self.rope)
+        cos, sin = (table[start:start + tokens.shape[1]] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for i, block in enumerate(self.blocks):
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -445,10 +445,11 @@ def flops_per_token(c, seq=None):
     return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * (seq or c.seq)
 
 
-def memory(c, fp8, tokens, element=2, recompute="none"):
+def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     """Bytes of a training step over this many tokens, by use; `element` bytes per BF16 activation.
 
-    Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. `copies` are what the
+    Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. With ranks > 1 (train.py
+    --shard) a rank keeps its share of the moments and of the quantised layers' FP32 weights. `copies` are what the
     matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
 
         in BF16 under all recipes      block input d, qkv d + 2 kv, q and k after RoPE d + kv, attention output d,
@@ -470,8 +471,8 @@ def memory(c, fp8, tokens, element=2, recompute="none"):
         copies = element * linear
     layers = element * c.d * (c.layers - 1) + layer if recompute == "block" else c.layers * layer
     per_token = layers + element * (2 * c.d + c.vocab)
-    return {"weights": 4 * total, "copies": copies + element * c.vocab * c.d, "gradients": 4 * total,
-            "optimizer": 8 * total, "activations": tokens * per_token}
+    return {"weights": 4 * (total - linear + linear / ranks), "copies": copies + element * c.vocab * c.d,
+            "gradients": 4 * total, "optimizer": 8 * total / ranks, "activations": tokens * per_token}
 
 
 def quantized_bytes(block):
@@ -487,9 +488,10 @@ def main():
         print(f"{name}: {total:,} parameters, {flops_per_token(c) / 1e9:.2f} GFLOP per token; "
               f"GiB for one sequence of {c.seq}:")
         print(f"    {'':12}" + "".join(f"{use:>13}" for use in memory(c, "none", c.seq)) + f"{'total':>13}")
-        for fp8, recompute in [(fp8, "none") for fp8 in RECIPES] + [("moss", "act"), ("moss", "block")]:
-            use = memory(c, fp8, c.seq, recompute=recompute)
-            row = fp8 if recompute == "none" else f"{fp8}, {recompute}"
+        for row, fp8, options in [(fp8, fp8, {}) for fp8 in RECIPES] + [
+                ("moss, act", "moss", {"recompute": "act"}), ("moss, block", "moss", {"recompute": "block"}),
+                ("moss, 8 GPUs", "moss", {"ranks": 8})]:
+            use = memory(c, fp8, c.seq, **options)
             print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()
 

@@ -970,6 +970,8 @@ def train(config):
     device, main = ranks.device, ranks.main
     say = print if main else lambda *_: None
     c = resolve(config, device, ranks.world)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(c.out)):
+        c.resume = True   # torchrun --max-restarts started this again after a rank had died
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
     norms = deque(maxlen=100)                # of the gradients of the last steps taken
@@ -1015,7 +1017,7 @@ def train(config):
     ddp = model
     if ranks.world > 1 and not shards:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True, broadcast_buffers=False)
+                                      gradient_as_bucket_view=True)
     tokens_per_step = c.accum * c.batch * c.seq
     flops_per_step = tokens_per_step * flops_per_token(model.config)
     peak = bf16_peak(device)
@@ -1242,6 +1244,11 @@ def main(argv=None):
         code, message = 1, e
     except torch.OutOfMemoryError as e:
         code, message = 1, f"{str(e).split('. ')[0]}: lower --batch or --seq; python model.py counts what models need"
+    except RuntimeError as e:
+        if not ("RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE)):
+            raise
+        code, message = 1, (f"another rank is gone or cannot be reached ({str(e).splitlines()[0][:120]}): its messages "
+                            f"say why; torchrun --max-restarts goes on from the last checkpoint")
     rank = int(os.environ.get("RANK", 0))
     print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr)
     return code

@@ -78,7 +78,7 @@ def test_flops_equal_those_that_pytorch_counts():
 
 def kept_by_autograd(model, x):
     """What waits for the backward pass, weights and RoPE tables aside: [(dtype, bytes)], a storage each."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.rope)}
     kept = {}
 
     def pack(t):
@@ -424,3 +424,11 @@ def test_a_text_longer_than_the_longest_sequence_goes_on(monkeypatch):
     text = model.generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
     assert text.shape == (1, 90) and torch.equal(text[:, :40], tokens(1, 40))
     assert text.max() < 64
+
+
+def test_ranks_share_moments_and_the_weights_of_quantised_layers():
+    linear, total = m.parameter_count(WIDE)
+    alone, shared = (m.memory(WIDE, "moss", 64, ranks=ranks) for ranks in (1, 4))
+    assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
+    assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
+    assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))

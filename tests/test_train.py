@@ -318,6 +318,31 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_as_if_it_had_been_one(two_
     assert same(checkpoint(folder / "first")["model"], checkpoint(folder / "then")["model"])
 
 
+def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    more = "--fp8 moss --steps 4 --eval_every 2"
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 2, lambda: patch.setattr(train, "forward_backward", None))   # "dies" at the fourth step
+        with pytest.raises(TypeError):
+            run(tiny(more))
+    gc.collect()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(tiny(more))
+    assert "resumed" in capsys.readouterr().out
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    run(tiny(more, "whole"))
+    assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
+
+
+def test_a_rank_whose_peer_died_says_so_in_one_line(monkeypatch, capsys):
+    def train_until_the_peer_dies(config):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39127. And so on.")
+    monkeypatch.setattr(train, "train", train_until_the_peer_dies)
+    monkeypatch.setenv("RANK", "0")
+    assert train.main([]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "another rank is gone" in lines[0] and "--max-restarts" in lines[0]
+
+
 def test_two_processes_write_one_log(two_ranks):
     folder, _ = two_ranks
     assert [record["step"] for record in read_log(folder / "two")] == [1, 2, 3]
