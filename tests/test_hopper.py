@@ -1,0 +1,107 @@
+"""Every kernel compiles for Hopper and fits into its shared memory, which needs a compiler and no GPU."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY = 232_448   # bytes that a program can have on compute capability 9.0
+
+
+def compile_for_hopper(kernel, types, constants, warps, stages=3):
+    """types, constants: {argument: Triton type}, {argument: value} -> the compiled kernel. Pointers and sizes are taken
+    to be multiples of 16, as they are in training."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [name for name, kind in types.items() if kind == "i32" or kind.startswith("*")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+
+
+def gemm(tile, mode, add, out, fp8="fp8e4nv", tma=True):
+    """tile: as `tile_shape` gives them; mode: "fast", "promoted", or what K is split into."""
+    from gemm_kernel import _gemm_kernel
+    BLOCK_M, BLOCK_N, warps, stages, _ = tile
+    in_loop = isinstance(mode, int)
+    BLOCK_K, quarters = mode if in_loop else 128, BLOCK_N == 256 and (add or out == "fp32")
+    types = {"a_desc": f"tensordesc<{fp8}[{BLOCK_M}, {BLOCK_K}]>",
+             "b_desc": f"tensordesc<fp8e4nv[{BLOCK_N}, {BLOCK_K}]>",
+             "c_desc": f"tensordesc<{out}[{BLOCK_M}, {BLOCK_N // (4 if quarters else 2)}]>", "c_ptr": f"*{out}",
+             "add_ptr": "*bf16", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "PROGRAMS": 132, "IN_LOOP": in_loop,
+                 "PROMOTE": 16 if mode == "promoted" else 0, "A_PER_ROW": 1, "B_ROWS": 128 if mode == 128 else 1,
+                 "ADD": add, "TMA_STORE": tma, "QUARTERS": quarters, "FLATTEN": mode == "fast"}
+    for name, given in (("c_desc", tma), ("add_ptr", add)):
+        if not given:
+            constants[name] = None
+            del types[name]
+    return compile_for_hopper(_gemm_kernel, types, constants, warps, stages)
+
+
+def all_kernels():
+    """Compiles them one after another, as the wrappers launch them; yields (name, compiled kernel)."""
+    from autoscale import _adamw_kernel
+    from gemm_kernel import tile_shape
+    from microscale import (PRODUCERS, _quantize_kernel, _rows_kernel, _swiglu_backward_kernel, _transpose_kernel,
+                            row_tiling)
+    tiles = [tile_shape(M, M, 132) for M in (8192, 2048, 1280, 512)]
+    assert len({tile[:2] for tile in tiles}) == 4
+    for tile, mode, add, out in itertools.product(tiles, ("fast", "promoted"), (False, True), ("bf16", "fp32")):
+        yield f"gemm {tile} {mode} {add} {out}", gemm(tile, mode, add, out)
+    for K in (32, 128):
+        yield f"gemm in loop {K}", gemm(tile_shape(512, 512, 132, in_loop=True), K, False, "bf16")
+    yield "gemm E5M2", gemm(tiles[0], "promoted", False, "bf16", fp8="fp8e5")
+    yield "gemm without TMA stores", gemm(tiles[0], "promoted", True, "fp32", tma=False)
+
+    for e4m3 in (True, False):
+        q = "*fp8e4nv" if e4m3 else "*fp8e5"
+        fixed = {"IS_E4M3": e4m3, "INTERPRETED": False}
+        sizes = {"q_ptr": q, "scale_ptr": "*fp32", "R": "i32", "C": "i32", "stride_r": "i32"}
+        for x, both in itertools.product(("*bf16", "*fp32"), (True, False)):
+            group = {"GROUP": 128, "RULE": "given" if both else "fp32", "ROWS": 64 if both else 16,
+                     "COLS": 128 if both else 256, "AS_E8M0": False, "BOTH": both, "stride_c": 1}
+            types = {"x_ptr": x, **({"t_ptr": q} if both else {}), "groups": "i32", **sizes}
+            yield f"quantise {x} {both}", compile_for_hopper(
+                _quantize_kernel, types, {**group, **fixed, **({} if both else {"t_ptr": None})}, 4)
+        for producer, C in itertools.product(PRODUCERS, (768, 4096, 11008)):
+            rows, cols0, cols1 = row_tiling(C)
+            tile = {"ROWS": rows, "COLS0": cols0, "COLS1": cols1}
+            weight = {"weight_ptr": "*bf16"} if producer == "rms" else {}
+            constants = {"PRODUCER": producer, "RULE": "up", "stride_c": 1, **tile, **fixed}
+            yield f"rows {producer} {C}", compile_for_hopper(
+                _rows_kernel, {"x_ptr": "*bf16", "eps": "fp32", **weight, **sizes},
+                constants if weight else {**constants, "weight_ptr": None}, 8)
+        yield "swiglu backward", compile_for_hopper(
+            _swiglu_backward_kernel, {"h_ptr": "*bf16", "da_ptr": "*bf16", "q_ptr": q, "scale_ptr": "*fp32", "R": "i32",
+                                      "F": "i32"}, {"ROWS": 1, "COLS0": 8192, "COLS1": 4096, **fixed}, 8)
+        yield "transpose", compile_for_hopper(
+            _transpose_kernel, {"q_ptr": q, "factor_ptr": "*fp32", "out_ptr": q, "R": "i32", "C": "i32"},
+            {"HAS_FACTOR": True, "BLOCK_R": 64, "BLOCK_C": 256, **fixed}, 8)
+    numbers = {name: "fp32" for name in _adamw_kernel.arg_names if name not in ("N", "K")}
+    pointers = {f"{name}_ptr": "*fp32" for name in ("p", "g", "m", "v", "scale")}
+    constants = {"BLOCK_N": 64, "BLOCK_K": 64, "INTERPRETED": False}
+    types = {**numbers, **pointers, "w_ptr": "*fp8e4nv", "w_t_ptr": "*fp8e4nv", "N": "i32", "K": "i32"}
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    yield "adamw", compile_for_hopper(_adamw_kernel, types, constants, 8)
+
+
+def test_all_kernels_compile_for_hopper_and_fit_into_its_shared_memory(tmp_path):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=240,
+                          env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    used = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines()}
+    assert len(used) > 40
+    assert {name: n for name, n in used.items() if n > SHARED_MEMORY} == {}
+
+
+if __name__ == "__main__":
+    for kernel_name, compiled in all_kernels():
+        print(kernel_name, compiled.metadata.shared)
