@@ -483,7 +483,8 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path,
 
 
 def test_a_run_goes_on_when_a_checkpoint_fails_and_a_later_one_does_not(tiny, tmp_path, monkeypatch, no_sample):
-    torch_save = torch.save
+    torch_save, save = torch.save, train.Saver.save
+    monkeypatch.setattr(train.Saver, "save", lambda self, state: (save(self, state), self.thread.join()))   # at once
     do_at_step(monkeypatch, 1, lambda: monkeypatch.setattr(torch, "save", full_disk))
     do_at_step(monkeypatch, 3, lambda: monkeypatch.setattr(torch, "save", torch_save))
     assert train.main(tiny("--fp8 none")) == 0
@@ -527,7 +528,7 @@ def fork(command):
     return pid
 
 
-@pytest.mark.skipif(ON_HOPPER, reason="a process that has used a GPU cannot be copied")
+@pytest.mark.skipif(ON_HOPPER or not hasattr(os, "fork"), reason="a process that has used a GPU cannot be copied")
 def test_kill_9_at_twenty_instants_loses_no_more_than_the_steps_since_the_last_checkpoint(tiny, tmp_path, no_sample):
     command, instants = "--fp8 moss --steps 60 --eval_every 2", random.Random(0)
     run(tiny(command, "whole"))
