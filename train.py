@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, new_plot
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
-from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
+from model import PRESETS, RECOMPUTE, Linear, Transformer, flops_per_token
 
 
 class UserError(Exception):
@@ -278,7 +278,7 @@ def open_data(source):
     matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
     if not root.exists() and not matches:
         raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
-    files = matches or list_files(root, "*.py" if source is None else "*")
+    files = [root] if root.is_file() else matches or list_files(root, "*.py" if source is None else "*")
     parts = [token_file(p) for p in files]
     dtypes = {dtype for _, dtype in parts}
     if len(dtypes) > 1:
@@ -905,7 +905,7 @@ def collect_state(model, optimizer, shards, main):
     weights, moments, started = {}, {}, len(optimizer.state) > 0
     for name, p in model.named_parameters():
         kept = {"weight": p.data, **optimizer.state.get(p, {})}
-        if shards and p in shards.owner:
+        if shards:
             keys = ("weight", "exp_avg", "exp_avg_sq") if started else ("weight",)
             kept = {**kept, **{key: shards.collect(p, kept.get(key)) for key in keys}}
             kept["step"] = next((s["step"] for s in optimizer.state.values()), None)   # all parameters step together
@@ -940,7 +940,7 @@ def restore(state, model, optimizer, scales, c, say):
         if state["config"]["fp8"] != c.fp8 or scales.headroom().min() < 1:
             scales.anchor()
     for name, value in state["config"].items():
-        if name not in ("resume", "device", "out") and getattr(c, name) != value:
+        if name not in ("resume", "device", "out", "eval_only", "sample") and getattr(c, name) != value:
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -1184,7 +1184,7 @@ def use_torchao(model, kind):
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     for block in model.blocks:
         for name, layer in list(block.named_children()):
-            if hasattr(layer, "recipe"):
+            if isinstance(layer, Linear):
                 theirs = torch.nn.Linear(*layer.weight.shape[::-1], bias=False, device="meta")
                 theirs.weight = layer.weight
                 setattr(block, name, theirs)

@@ -1228,9 +1228,13 @@ def test_a_gradient_out_of_all_proportion_is_skipped(tiny, monkeypatch, no_sampl
 def test_eval_only_reports_the_loss_that_the_run_ended_with_and_its_perplexity(tiny, tmp_path, no_sample, capsys):
     loss = run(tiny("--fp8 moss"))["val_loss"]
     before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    capsys.readouterr()
     assert train.main(tiny("--fp8 moss --eval_only")) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert f"step 4, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}"[:40] in line
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1   # and no note that --eval_only was not there before
+    assert f"step 4, validation loss {loss:.4f}, perplexity " in lines[0]
+    perplexity = float(lines[0].split("perplexity ")[1].split(",")[0])
+    assert perplexity == pytest.approx(math.exp(loss), rel=2e-4)   # the summary rounds the loss to 4 digits
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
 
 
@@ -1266,6 +1270,12 @@ def test_a_pattern_names_data_files(tmp_path):
     np.save(tmp_path / "other.npy", np.full(100, 9, np.int32))
     train_tokens, val_tokens, _ = train.open_data(str(tmp_path / "part*.npy"))
     assert len(train_tokens) + len(val_tokens) == 300 and set(train_tokens.read(0, 285)) == {0, 1, 2}
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path):
+    np.save(tmp_path / "tokens[1].npy", np.arange(100, dtype=np.int32))
+    train_tokens, val_tokens, _ = train.open_data(str(tmp_path / "tokens[1].npy"))
+    assert len(train_tokens) + len(val_tokens) == 100
 
 
 def test_ranks_whose_scales_differ_are_stopped(monkeypatch):
