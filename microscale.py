@@ -232,11 +232,15 @@ def has_fp8_tensor_cores(device):
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def kernels_take(x):
+    return has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS
+
+
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores."""
     if scale is None and block == (ALL, ALL):
         scale = measured_scale(x, fmt, rule)
-    if has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS:
+    if kernels_take(x):
         if scale is None and block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
             return produce_rows_triton(x, "none", None, fmt, rule)
         if scale is not None or block[0] == 1 and block[1] != ALL:
@@ -246,7 +250,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
 
 def quantize_both(x, fmt, scale):
     """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R), from one reading of x."""
-    if has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS:
+    if kernels_take(x):
         return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
     q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
     return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
@@ -263,7 +267,7 @@ def produce_rows(x, producer, weight=None, fmt=E4M3):
         raise ValueError(f"producer {producer!r} is unknown: choose one of {', '.join(PRODUCERS)}")
     if producer == "rms" and weight is not None and weight.shape != x.shape[1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: rows of {x.shape[1]} need as many weights")
-    if has_fp8_tensor_cores(x.device) and x.shape[1] <= MAX_COLUMNS and x.numel() < MAX_ELEMENTS:
+    if kernels_take(x) and x.shape[1] <= MAX_COLUMNS:
         return produce_rows_triton(x, producer, weight, fmt)
     return produce_rows_reference(x, producer, weight, fmt)
 
@@ -272,7 +276,7 @@ def swiglu_backward(h, da, fmt=E4M3):
     """h (R, 2 F), da (R, F) -> Quantized gradient of h, as `swiglu_backward_reference`. ValueError for other shapes."""
     if h.shape != (da.shape[0], 2 * da.shape[1]):
         raise ValueError(f"h {tuple(h.shape)} must be twice as wide as da {tuple(da.shape)}: gate and up side by side")
-    if has_fp8_tensor_cores(h.device) and h.shape[1] <= MAX_COLUMNS and h.numel() < MAX_ELEMENTS:
+    if kernels_take(h) and h.shape[1] <= MAX_COLUMNS:
         return swiglu_backward_triton(h, da, fmt)
     return swiglu_backward_reference(h, da, fmt)
 

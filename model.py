@@ -294,19 +294,19 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down")
 
-    def heads(self, qkv, *rest):
-        return attend(qkv, *rest[:2], self.config.d, self.config.kv_dim, self.config.head_dim, *rest[2:])
+    def heads(self, qkv, cos, sin, cache):
+        return attend(qkv, cos, sin, self.config.d, self.config.kv_dim, self.config.head_dim, cache)
 
-    def forward(self, x, *rest):   # cos, sin, and a cache while a text is being written
+    def forward(self, x, cos, sin, cache=None):
         if self.moss:
-            return self.forward_moss(x, *rest)
-        x = x + self.out(self.heads(self.qkv(self.norm1(x)), *rest))
+            return self.forward_moss(x, cos, sin, cache)
+        x = x + self.out(self.heads(self.qkv(self.norm1(x)), cos, sin, cache))
         return x + self.down(produce(self.gate_up(self.norm2(x)), "swiglu"))
 
-    def forward_moss(self, x, *rest):
+    def forward_moss(self, x, cos, sin, cache):
         (B, T, d), kind, qkv, out = x.shape, self.config.norm, self.qkv, self.out
         y, x = NormLinear.apply(x.reshape(B * T, d), self.norm1.weight, qkv.weight, qkv, kind, self.again)
-        y = self.heads(y.view(B, T, -1), *rest).view(B * T, d)
+        y = self.heads(y.view(B, T, -1), cos, sin, cache).view(B * T, d)
         x = LinearResidual.apply(y, x, out.weight, out, self.again)
         x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight,
                                      self.gate_up, self.down, kind, self.again)
@@ -404,7 +404,7 @@ class Transformer(nn.Module):
             if self.recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, *(() if caches is None else caches[i:i + 1]))
+                x = block(x, cos, sin, caches[i] if caches else None)
         x = self.norm(x)
         if targets is None:
             return self.head(x)                                                          # (B, T, vocab)
