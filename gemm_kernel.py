@@ -27,6 +27,7 @@ does elsewhere; dgrad and wgrad set the sum aside every 16 x 128 of K and start 
 0.9e-3, and 2.8% where the signs agree.
 """
 
+import functools
 import os
 import statistics
 
@@ -36,7 +37,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"   # run alone on a CPU: the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, FORMATS
-from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, has_fp8_tensor_cores, measured_scale, quantize,
+from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores, measured_scale, quantize,
                         quantize_both, quantize_reference, transpose)
 
 if HAS_TRITON:
@@ -194,9 +195,17 @@ if HAS_TRITON:
         if in_loop:
             return 64, 128, 4, 3, 3
         for shape in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4)) if hopper else ((64, 128, 4, 2),):
-            if triton.cdiv(M, shape[0]) * triton.cdiv(N, shape[1]) >= sms:
+            if cdiv(M, shape[0]) * cdiv(N, shape[1]) >= sms:
                 return *shape, 1
         return 64, 64, 4, 4 if hopper else 2, 1
+
+    @functools.cache
+    def sms_and_hopper(device):
+        """(number of SMs, compute capability is 9.0); 4 and True for the interpreter."""
+        if device.type != "cuda":
+            return 4, True
+        return torch.cuda.get_device_properties(device).multi_processor_count, \
+            torch.cuda.get_device_capability(device) == (9, 0)
 
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`. Scales per row, per tensor, or every 32 or 128 of K.
@@ -207,8 +216,7 @@ if HAS_TRITON:
         if K % 16:
             raise ValueError(f"FP8 GEMM with K = {K}: the summed axis must be a multiple of 16; pad it with zeros")
         in_loop = a.block[1] != ALL
-        sms = torch.cuda.get_device_properties(a.data.device).multi_processor_count if a.data.is_cuda else 4
-        hopper = not a.data.is_cuda or torch.cuda.get_device_capability(a.data.device) == (9, 0)
+        sms, hopper = sms_and_hopper(a.data.device)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
@@ -217,8 +225,9 @@ if HAS_TRITON:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: a contiguous ({M}, {N}) is needed")
         quarters = BLOCK_N == 256 and (c.element_size() > 2 or add is not None)
         tma_store = N * c.element_size() % 16 == 0   # else its rows do not start where the accelerator can write
-        scales = [s.float().t().contiguous() for s in (a.scale, b.scale)]
-        _gemm_kernel[(min(sms * programs, triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
+        # in the loop, the scales of one step along K lie side by side
+        scales = [s.float().t().contiguous() if in_loop else s for s in (a.scale, b.scale)]
+        _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data, [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]),
             TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // (4 if quarters else 2)]) if tma_store else None,

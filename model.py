@@ -18,6 +18,7 @@ The other recipes quantise what PyTorch's norm, attention and SwiGLU hand to eac
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad
-from microscale import (ALL, NORM_EPS, PRODUCERS, RECIPES, Quantized, fold_loss, produce_rows, quantize,
-                        quantize_weight, saturated_share, swiglu_backward, swiglu_gradient)
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, fold_loss, norm_rows, qkv_gradient, quantize,
+                        quantize_weight, rope, rope_, rope_backward, saturated_share, swiglu, swiglu_backward,
+                        swiglu_gradient, swiglu_rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ PRESETS = {
 WATCHED = 256   # rows of X and dY that the log's shares are counted in
 
 # What is not ours is as fast as torch.compile makes it. torch.compiler.set_stance("force_eager") switches that off.
-compiled = torch.compile if torch.cuda.is_available() else lambda function: function
+compiled = partial(torch.compile, dynamic=False) if torch.cuda.is_available() else lambda function: function
 
 
 class Linear(nn.Module):
@@ -113,12 +115,11 @@ class Linear(nn.Module):
             y.register_hook(lambda dy: self.watch(dy, "_grad"))
         return y
 
-    def watch(self, x, suffix, producer="none", norm_weight=None):
-        """Records which shares of the first rows of X or dY are cut off at the top and changed by folding."""
+    def watch(self, x, suffix, make=lambda rows: rows):
+        """Records which shares of the first rows of X or dY, made of x, are cut off at the top, changed by folding."""
         if self.health is None:
             return
-        norm_weight = None if norm_weight is None else norm_weight.float()
-        x = PRODUCERS[producer](x.detach().reshape(-1, x.shape[-1])[:WATCHED].float(), norm_weight)
+        x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
         fmt = FORMATS[self.recipe.grad_format] if suffix else E4M3
         x_q = quantize(x, fmt, self.recipe.act_block, self.recipe.rule)
         self.health["saturated" + suffix] = saturated_share(x, x_q, fmt)
@@ -136,13 +137,22 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.d)) if self.kind == "rms" else None
 
     def forward(self, x):
-        return produce(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
+        return norm(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
 
 
 @compiled
-def produce(x, producer, weight=None):
-    """RMSNorm, LayerNorm or SwiGLU of the last axis."""
-    return PRODUCERS[producer](x, weight)
+def norm(x, kind, weight):
+    return NORMS[kind](x, weight)
+
+
+@compiled
+def rope_and_split(qkv, cos, sin, d, kv_dim, head_dim):
+    """qkv (B, T, d + 2 kv_dim) -> q and k, turned, and v: (B, T, heads, head_dim)."""
+    q, k, v = (z.unflatten(-1, (-1, head_dim)) for z in qkv.split((d, kv_dim, kv_dim), dim=-1))
+    return rope(q, cos, sin), rope(k, cos, sin), v
+
+
+compiled_swiglu = compiled(swiglu)
 
 
 def rope_table(seq, head_dim, theta, device=None):
@@ -152,28 +162,18 @@ def rope_table(seq, head_dim, theta, device=None):
     return angles.cos(), angles.sin()
 
 
-def rope(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by the angle of their position."""
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)   # (T, 1, head_dim / 2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@compiled
-def attend(qkv, cos, sin, d, kv_dim, head_dim, cache=None):
-    """qkv (B, T, d + 2 kv_dim) -> what the heads look up, (B, T, d). SDPA reads (B, heads, T, head_dim).
+def attention(q, k, v, cache=None):
+    """q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim) -> what the heads look up, (B, T, d).
 
     cache, while a text is being written: a dict with k and v of the tokens before, to which those of these are added.
     """
-    B, T, _ = qkv.shape
-    q, k, v = (z.view(B, T, -1, head_dim) for z in qkv.split((d, kv_dim, kv_dim), dim=-1))
-    q, k, v = (z.transpose(1, 2) for z in (rope(q, cos, sin), rope(k, cos, sin), v))
-    causal = cache is None or not cache   # a single new token sees all that came before
+    causal = not cache   # a single new token sees all that came before
     if cache is not None:
-        k, v = (torch.cat((cache[name], z), dim=2) if cache else z for name, z in (("k", k), ("v", v)))
+        k, v = (torch.cat((cache[name], z), dim=1) if cache else z for name, z in (("k", k), ("v", v)))
         cache.update(k=k, v=v)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=d != kv_dim)
-    return y.transpose(1, 2).reshape(B, T, d)
+    y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=causal,
+                                       enable_gqa=q.shape[2] != k.shape[2])
+    return y.transpose(1, 2).flatten(2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -205,30 +205,44 @@ def linear_backward(dy_q, x_q, layer, dtype):
     return dx, matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True)
 
 
-def rows_of(x, layer, suffix="", producer="none", norm_weight=None):
-    """x (T, width) -> Quantized, one power of two per token, of what `producer` makes of it."""
+def rows_of(x, layer, suffix="", kind="none", norm_weight=None):
+    """x (T, width) -> Quantized, one power of two per token, of its norm."""
     norm_weight = None if norm_weight is None else norm_weight.to(x.dtype)
-    layer.watch(x, suffix, producer, norm_weight)
-    return produce_rows(x, producer, norm_weight)
+    layer.watch(x, suffix, lambda rows: NORMS[kind](rows, None if norm_weight is None else norm_weight.float()))
+    return norm_rows(x, kind, norm_weight)
 
 
-class NormLinear(torch.autograd.Function):
-    """x (T, d) -> (norm(x) W^T, x). The second output is for the residual connection: so the gradient that comes back
-    along it is added where that of the norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`)."""
+class NormQKV(torch.autograd.Function):
+    """x (B, T, d) -> q and k after RoPE, v: (B, T, heads, head_dim); and x.
 
-    @staticmethod
-    def forward(ctx, x, norm_weight, weight, layer, kind, recompute):
-        x_q = rows_of(x, layer, "", kind, norm_weight)
-        ctx.save_for_backward(x, norm_weight, *(() if recompute else (x_q.data, x_q.scale)))
-        ctx.layer, ctx.kind = layer, kind
-        return matmul(x_q, layer.w, x.dtype), x
+    The last output is for the residual connection: so the gradient that comes back along it is added where that of the
+    norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`). q, k and v, which attention keeps, are
+    one tensor: RoPE turns them in place. Their gradients are turned back where they become FP8.
+    """
 
     @staticmethod
-    def backward(ctx, dy, residual):
-        x, norm_weight, *kept = ctx.saved_tensors
-        x_q = Quantized(*kept, (1, ALL)) if kept else rows_of(x, ctx.layer, "", ctx.kind, norm_weight)
-        dx, dw = linear_backward(rows_of(dy, ctx.layer, "_grad"), x_q, ctx.layer, x.dtype)
-        return *norm_backward(dx, x, norm_weight, ctx.kind, residual), dw, None, None, None
+    def forward(ctx, x, norm_weight, weight, cos, sin, layer, config, recompute):
+        rows = x.flatten(0, 1)
+        x_q = rows_of(rows, layer, "", config.norm, norm_weight)
+        ctx.save_for_backward(x, norm_weight, cos, sin, *(() if recompute else (x_q.data, x_q.scale)))
+        ctx.layer, ctx.kind = layer, config.norm
+        qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
+        heads = [n // config.head_dim for n in (config.d, config.kv_dim, config.kv_dim)]
+        rope_(qkv[:, :, :-heads[2]], cos, sin)
+        return *qkv.split(heads, dim=2), x
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, residual):
+        (x, norm_weight, cos, sin, *kept), layer = ctx.saved_tensors, ctx.layer
+        rows = x.flatten(0, 1)
+        x_q = Quantized(*kept, (1, ALL)) if kept else rows_of(rows, layer, "", ctx.kind, norm_weight)
+        if layer.health is not None:
+            sequences = -(-WATCHED // x.shape[1])
+            first = (z[:sequences, :WATCHED] for z in (dq, dk, dv))
+            layer.watch(qkv_gradient(*first, cos[:WATCHED], sin[:WATCHED]), "_grad")
+        dx, dw = linear_backward(rope_backward(dq, dk, dv, cos, sin), x_q, layer, x.dtype)
+        dx, d_norm = norm_backward(dx, rows, norm_weight, ctx.kind, residual.flatten(0, 1))
+        return dx.view_as(x), d_norm, dw, None, None, None, None, None
 
 
 class LinearResidual(torch.autograd.Function):
@@ -253,28 +267,31 @@ class NormSwiGLUResidual(torch.autograd.Function):
     """x (T, d) -> x + down(silu(gate(norm(x))) up(norm(x))), the second half of a block.
 
     One function, so that the gradient of gate and up goes from the kernel that makes it to the products that read it in
-    FP8: between two functions autograd would ask for BF16. Keeps x and [gate, up]; the inputs of both layers in FP8, or
-    makes them again (`recompute`).
+    FP8: between two functions autograd would ask for BF16. Keeps x, and in FP8 the inputs of both layers and
+    [gate, up]; makes norm(x) again (`recompute`).
     """
 
     @staticmethod
     def forward(ctx, x, norm_weight, up_weight, down_weight, gate_up, down, kind, recompute):
         x_q = rows_of(x, gate_up, "", kind, norm_weight)
         h = matmul(x_q, gate_up.w, x.dtype)                                            # (T, 2 ffn)
-        a_q = rows_of(h, down, "", "swiglu")                                           # (T, ffn)
-        ctx.save_for_backward(x, norm_weight, h, *(() if recompute else (x_q.data, x_q.scale, a_q.data, a_q.scale)))
+        down.watch(h, "", swiglu)
+        a_q, h_q = swiglu_rows(h)                                                      # (T, ffn), (T, 2 ffn)
+        ctx.save_for_backward(x, norm_weight, h_q.data, h_q.scale, a_q.data, a_q.scale,
+                              *(() if recompute else (x_q.data, x_q.scale)))
         ctx.layers, ctx.kind = (gate_up, down), kind
         return matmul(a_q, down.w, x.dtype, add=x)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, norm_weight, h, *kept), (gate_up, down) = ctx.saved_tensors, ctx.layers
-        a_q = Quantized(*kept[2:], (1, ALL)) if kept else rows_of(h, down, "", "swiglu")
+        (x, norm_weight, *kept), (gate_up, down) = ctx.saved_tensors, ctx.layers
+        h_q, a_q, *x_q = (Quantized(*kept[i:i + 2], (1, ALL)) for i in range(0, len(kept), 2))
         da, dw_down = linear_backward(rows_of(dy, down, "_grad"), a_q, down, x.dtype)
-        dh_q = swiglu_backward(h, da)
+        dh_q = swiglu_backward(h_q, da)
         if gate_up.health is not None:
-            gate_up.watch(swiglu_gradient(h[:WATCHED], da[:WATCHED]), "_grad")
-        x_q = Quantized(*kept[:2], (1, ALL)) if kept else rows_of(x, gate_up, "", ctx.kind, norm_weight)
+            first = Quantized(h_q.data[:WATCHED], h_q.scale[:WATCHED], h_q.block)
+            gate_up.watch(swiglu_gradient(first.dequantize(), da[:WATCHED]), "_grad")
+        x_q = x_q[0] if x_q else rows_of(x, gate_up, "", ctx.kind, norm_weight)
         dx, dw_up = linear_backward(dh_q, x_q, gate_up, x.dtype)
         return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_up, dw_down, None, None, None, None
 
@@ -283,7 +300,7 @@ class NormSwiGLUResidual(torch.autograd.Function):
 # The decoder
 
 class Block(nn.Module):
-    """x + out(attend(qkv(norm1(x)))), then x + down(swiglu(gate_up(norm2(x))))."""
+    """x + out(attention(rope(qkv(norm1(x))))), then x + down(swiglu(gate_up(norm2(x))))."""
 
     def __init__(self, config, recipe, name, recompute):
         super().__init__()
@@ -294,57 +311,59 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down")
 
-    def heads(self, qkv, cos, sin, cache):
-        return attend(qkv, cos, sin, self.config.d, self.config.kv_dim, self.config.head_dim, cache)
-
     def forward(self, x, cos, sin, cache=None):
         if self.moss:
             return self.forward_moss(x, cos, sin, cache)
-        x = x + self.out(self.heads(self.qkv(self.norm1(x)), cos, sin, cache))
-        return x + self.down(produce(self.gate_up(self.norm2(x)), "swiglu"))
+        q, k, v = rope_and_split(self.qkv(self.norm1(x)), cos, sin, self.config.d, self.config.kv_dim,
+                                 self.config.head_dim)
+        x = x + self.out(attention(q, k, v, cache))
+        return x + self.down(compiled_swiglu(self.gate_up(self.norm2(x))))
 
     def forward_moss(self, x, cos, sin, cache):
-        (B, T, d), kind, qkv, out = x.shape, self.config.norm, self.qkv, self.out
-        y, x = NormLinear.apply(x.reshape(B * T, d), self.norm1.weight, qkv.weight, qkv, kind, self.again)
-        y = self.heads(y.view(B, T, -1), cos, sin, cache).view(B * T, d)
-        x = LinearResidual.apply(y, x, out.weight, out, self.again)
-        x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight,
-                                     self.gate_up, self.down, kind, self.again)
+        (B, T, d), config = x.shape, self.config
+        q, k, v, x = NormQKV.apply(x, self.norm1.weight, self.qkv.weight, cos, sin, self.qkv, config, self.again)
+        y = attention(q, k, v, cache).view(B * T, d)
+        x = LinearResidual.apply(y, x.reshape(B * T, d), self.out.weight, self.out, self.again)
+        x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight, self.gate_up,
+                                     self.down, config.norm, self.again)
         return x.view(B, T, d)
 
 
 @compiled
-def softmax_gradient(logits, targets, count):
-    """logits (T, vocab), targets (T) -> (sum of -log p[target], (p - onehot(target)) / count in the logits' dtype)."""
+def softmax_gradient_(logits, targets, count):
+    """logits (T, vocab), targets (T) -> sum of -log p[target]; logits become their gradient, (p - onehot) / count."""
     z = logits.float()
     log_sum = z.logsumexp(-1, keepdim=True)
     loss = (log_sum - z.gather(1, targets[:, None])).sum()
     hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    return loss, (((z - log_sum).exp() - hit.float()) / count).to(logits.dtype)
+    logits.copy_(((z - log_sum).exp() - hit.float()) / count)
+    return loss
 
 
 class HeadLoss(torch.autograd.Function):
     """x (T, d), W (vocab, d), targets (T) -> mean cross-entropy of x W^T, `CHUNK` tokens at a time.
 
-    The gradient of the logits is made along with the loss and kept in the dtype of x: of 16384 tokens and 50304 words
-    it is 1.5 GiB in BF16, where PyTorch's cross-entropy holds the logits, and what it makes of them, in FP32: 9 GiB.
+    The gradient of the logits is made along with the loss, in their place, and kept in the dtype of x: of 16384 tokens
+    and 50304 words it is 1.5 GiB in BF16, where PyTorch's cross-entropy holds the logits, and what it makes of them, in
+    FP32: 9 GiB.
     """
     CHUNK = 4096
 
     @staticmethod
+    @torch.compiler.disable(recursive=False)
     def forward(ctx, x, weight, targets, training):
         w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        gradient = x.new_empty(len(x), len(w)) if training else None
+        logits = x.new_empty(len(x) if training else min(len(x), HeadLoss.CHUNK), len(w))
         for i in range(0, len(x), HeadLoss.CHUNK):
-            part = slice(i, i + HeadLoss.CHUNK)
-            loss, part_gradient = softmax_gradient(x[part] @ w.t(), targets[part], len(x))
-            total += loss
-            if gradient is not None:
-                gradient[part] = part_gradient
-        ctx.save_for_backward(x, weight, gradient)
+            rows = x[i:i + HeadLoss.CHUNK]
+            part = logits[i:i + len(rows)] if training else logits[:len(rows)]
+            torch.mm(rows, w.t(), out=part)
+            total += softmax_gradient_(part, targets[i:i + len(rows)], len(x))
+        ctx.save_for_backward(x, weight, logits)
         return total / len(x)
 
     @staticmethod
+    @torch.compiler.disable(recursive=False)
     def backward(ctx, dloss):
         x, weight, gradient = ctx.saved_tensors
         dx = (gradient @ weight.to(x.dtype)) * dloss
@@ -395,7 +414,7 @@ class Transformer(nn.Module):
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None, caches=None):
-        start = caches[0]["k"].shape[2] if caches and caches[0] else 0
+        start = caches[0]["k"].shape[1] if caches and caches[0] else 0
         if self.rope[0].device != tokens.device:
             self.rope = tuple(table.to(tokens.device) for table in self.rope)
         cos, sin = (table[start:start + tokens.shape[1]] for table in self.rope)
@@ -417,7 +436,7 @@ class Transformer(nn.Module):
         reach the longest sequence, the second half of it begins a new one."""
         caches, new = [{} for _ in self.blocks], tokens[:, -self.config.seq:]
         for _ in range(count):
-            if caches[0] and caches[0]["k"].shape[2] == self.config.seq:
+            if caches[0] and caches[0]["k"].shape[1] == self.config.seq:
                 caches, new = [{} for _ in self.blocks], tokens[:, -(self.config.seq + 1) // 2:]
             logits = self(new, caches=caches)[:, -1].float() / temperature
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -452,23 +471,23 @@ def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     --shard) a rank keeps its share of the moments and of the quantised layers' FP32 weights. `copies` are what the
     matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
 
-        in BF16 under all recipes      block input d, qkv d + 2 kv, q and k after RoPE d + kv, attention output d,
-                                       input of the second half d, gate and up 2 ffn; silu(gate) ffn, but not in `moss`
+        in BF16                        block input d, q, k and v d + 2 kv, attention output d, input of the second
+                                       half d; in all but `moss` also q and k before RoPE d + kv, gate and up 2 ffn and
+                                       silu(gate) ffn
         inputs of the linear layers    d, d, d, ffn: in FP8, or in BF16 (the third is the attention output, kept
-                                       anyway); none with recompute = "act" in `moss`
+                                       anyway); in `moss` only the last with recompute = "act", and gate and up 2 ffn
         with recompute = "block"       of all these the block inputs alone, and one block at a time
         per token, once                final norm's input and output 2 d, gradient of the logits vocab
     """
     linear, total = parameter_count(c)
     recipe = RECIPES[fp8]
-    layer = element * (5 * c.d + 3 * c.kv_dim + (2 if fp8 == "moss" else 3) * c.ffn)
-    if recipe:
-        again = fp8 == "moss" and recompute == "act"
-        layer += 0 if again else quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn)
-        copies = 2 * quantized_bytes(recipe.weight_block) * linear
+    layer = element * (4 * c.d + 2 * c.kv_dim)
+    if fp8 == "moss":
+        layer += (0 if recompute == "act" else 3 * c.d) + 3 * c.ffn
     else:
-        layer += element * (2 * c.d + c.ffn)
-        copies = element * linear
+        layer += element * (c.d + c.kv_dim + 3 * c.ffn)
+        layer += quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn) if recipe else element * (2 * c.d + c.ffn)
+    copies = 2 * quantized_bytes(recipe.weight_block) * linear if recipe else element * linear
     layers = element * c.d * (c.layers - 1) + layer if recompute == "block" else c.layers * layer
     per_token = layers + element * (2 * c.d + c.vocab)
     return {"weights": 4 * (total - linear + linear / ranks), "copies": copies + element * c.vocab * c.d,

@@ -48,8 +48,8 @@ def all_kernels():
     """Compiles them one after another, as the wrappers launch them; yields (name, compiled kernel)."""
     from autoscale import _adamw_kernel
     from gemm_kernel import tile_shape
-    from microscale import (PRODUCERS, _quantize_kernel, _rows_kernel, _swiglu_backward_kernel, _transpose_kernel,
-                            row_tiling)
+    from microscale import (NORMS, _quantize_kernel, _rope_backward_kernel, _rope_kernel, _rows_kernel,
+                            _swiglu_backward_kernel, _swiglu_kernel, _transpose_kernel, power_of_two_from)
     tiles = [tile_shape(M, M, 132) for M in (8192, 2048, 1280, 512)]
     assert len({tile[:2] for tile in tiles}) == 4
     for tile, mode, add, out in itertools.product(tiles, ("fast", "promoted"), (False, True), ("bf16", "fp32")):
@@ -69,20 +69,38 @@ def all_kernels():
             types = {"x_ptr": x, **({"t_ptr": q} if both else {}), "groups": "i32", **sizes}
             yield f"quantise {x} {both}", compile_for_hopper(
                 _quantize_kernel, types, {**group, **fixed, **({} if both else {"t_ptr": None})}, 4)
-        for producer, C in itertools.product(PRODUCERS, (768, 4096, 11008)):
-            rows, cols0, cols1 = row_tiling(C)
-            tile = {"ROWS": rows, "COLS0": cols0, "COLS1": cols1}
-            weight = {"weight_ptr": "*bf16"} if producer == "rms" else {}
-            constants = {"PRODUCER": producer, "RULE": "up", "stride_c": 1, **tile, **fixed}
-            yield f"rows {producer} {C}", compile_for_hopper(
+        for norm, C in itertools.product(NORMS, (768, 4096, 11008)):
+            cols = power_of_two_from(C)
+            weight = {"weight_ptr": "*bf16"} if norm == "rms" else {}
+            constants = {"NORM": norm, "RULE": "up", "stride_c": 1, "ROWS": max(2048 // cols, 1), "COLS": cols, **fixed}
+            yield f"rows {norm} {C}", compile_for_hopper(
                 _rows_kernel, {"x_ptr": "*bf16", "eps": "fp32", **weight, **sizes},
-                constants if weight else {**constants, "weight_ptr": None}, 8)
-        yield "swiglu backward", compile_for_hopper(
-            _swiglu_backward_kernel, {"h_ptr": "*bf16", "da_ptr": "*bf16", "q_ptr": q, "scale_ptr": "*fp32", "R": "i32",
-                                      "F": "i32"}, {"ROWS": 1, "COLS0": 8192, "COLS1": 4096, **fixed}, 8)
+                constants if weight else {**constants, "weight_ptr": None}, 4 if C <= 4096 else 8)
         yield "transpose", compile_for_hopper(
             _transpose_kernel, {"q_ptr": q, "factor_ptr": "*fp32", "out_ptr": q, "R": "i32", "C": "i32"},
             {"HAS_FACTOR": True, "BLOCK_R": 64, "BLOCK_C": 256, **fixed}, 8)
+
+    fp8, bf16, fp32 = "*fp8e4nv", "*bf16", "*fp32"
+    for F in (768, 2048, 11008):
+        constants = {"BLOCK": min(power_of_two_from(F), 4096), "INTERPRETED": False}
+        yield f"swiglu {F}", compile_for_hopper(
+            _swiglu_kernel, {"h_ptr": bf16, "a_q_ptr": fp8, "a_scale_ptr": fp32, "h_q_ptr": fp8, "h_scale_ptr": fp32,
+                             "F": "i32"}, constants, 8)
+        yield f"swiglu backward {F}", compile_for_hopper(
+            _swiglu_backward_kernel, {"h_ptr": fp8, "h_scale_ptr": fp32, "da_ptr": bf16, "q_ptr": fp8,
+                                      "scale_ptr": fp32, "F": "i32"}, constants, 8)
+    table, strides = {"cos_ptr": fp32, "sin_ptr": fp32}, {f"stride_{axis}": "i32" for axis in "bth"}
+    yield "rope", compile_for_hopper(
+        _rope_kernel, {"x_ptr": bf16, **table, "R": "i32", "T": "i32", "pairs": "i32", **strides},
+        {"HALF": 64, "ROWS": 2, "PAIRS": 1024}, 4)
+    gradients = {f"{x}_ptr": bf16 for x in ("dq", "dk", "dv")}
+    strides = {f"{x}_{axis}": "i32" for x in ("dq", "dk", "dv") for axis in "bth"}
+    sizes = {name: "i32" for name in ("R", "T", "pairs", "kv_pairs")}
+    for width, kv_width in ((2048, 2048), (2048, 512), (512, 128)):
+        yield f"rope backward {width} {kv_width}", compile_for_hopper(
+            _rope_backward_kernel, {**gradients, **table, "q_ptr": fp8, "scale_ptr": fp32, **sizes, **strides},
+            {"HALF": 64, "ROWS": max(1024 // width, 1), "PAIRS": width, "KV_PAIRS": kv_width, "INTERPRETED": False}, 4)
+
     numbers = {name: "fp32" for name in _adamw_kernel.arg_names if name not in ("N", "K")}
     pointers = {f"{name}_ptr": "*fp32" for name in ("p", "g", "m", "v", "scale")}
     constants = {"BLOCK_N": 64, "BLOCK_K": 64, "INTERPRETED": False}

@@ -1,4 +1,5 @@
-"""The quantisers: scales of every recipe, two levels and the fold, the transpose; the kernels give the same bits."""
+"""The quantisers: scales of every recipe, two levels and the fold, the transpose; norm, SwiGLU and RoPE, quantised. The
+kernels give the same bits, but for what another route through float32 moves over a tie."""
 
 import sys
 
@@ -13,7 +14,8 @@ from microscale import ALL, RECIPES
 
 FP8 = {"e4m3": E4M3, "e5m2": E5M2}
 SHAPES = [(1, 16), (5, 48), (33, 160), (64, 300), (7, 1)]
-ROWS = [(7, 1), (130, 16), (5, 48), (9, 300), (5, 1000), (3, 1024), (3, 2049)]   # kernels hold rows in two parts
+ROWS = [(7, 1), (130, 16), (5, 48), (9, 300), (5, 1000), (3, 1024), (3, 2049)]
+HALVES = [(7, 1), (5, 48), (3, 1024), (2, 4100)]   # R, F: the kernels of SwiGLU read 4096 columns at a time
 BLOCKS = [((1, 32), "floor"), ((1, 32), "up"), ((1, 128), "fp32"), ((1, ALL), "up"), ((1, ALL), "fp32")]
 
 needs_triton = pytest.mark.skipif(not ms.HAS_TRITON, reason="Triton is not installed")
@@ -338,10 +340,13 @@ def test_powers_of_two_share_one_grid_so_a_second_rounding_along_the_other_axis_
 EQUATIONS = {
     "rms": lambda x, w: x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * w,
     "layer": lambda x, w: (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
-    "swiglu": lambda x, w: x.chunk(2, 1)[0] / (1 + (-x.chunk(2, 1)[0]).exp()) * x.chunk(2, 1)[1],
 }
-PRODUCE = ["produce_rows", "produce_rows_reference", pytest.param("produce_rows_triton", marks=needs_triton)]
-BACKWARD = ["swiglu_backward", "swiglu_backward_reference", pytest.param("swiglu_backward_triton", marks=needs_triton)]
+
+
+def three(name):
+    """The function that chooses, the reference, the kernel."""
+    return pytest.mark.parametrize("name", [name, f"{name}_reference",
+                                            pytest.param(f"{name}_triton", marks=needs_triton)])
 
 
 def layouts(R, width, **kwargs):
@@ -351,6 +356,42 @@ def layouts(R, width, **kwargs):
     return wide[:, :width].contiguous(), wide[:, :width].bfloat16(), wide[:, 3:width + 3], tall.t()
 
 
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("kind", EQUATIONS)
+def test_norm_rows_are_the_equation_in_float32_then_the_quantiser(kind, shape):
+    weight = random_rows(1, shape[1], seed=1)[0]
+    for x in layouts(*shape):
+        w = weight.to(x.dtype)
+        assert_rounds(ms.norm_rows_reference(x, kind, w), EQUATIONS[kind](x.double(), w.double()), E4M3)
+
+
+@three("norm_rows")
+@pytest.mark.parametrize("kind", ms.NORMS)
+def test_norm_rows_of_zeros_are_zeros(kind, name):
+    q = getattr(ms, name)(torch.zeros(3, 96, device=DEVICE), kind, torch.ones(96, device=DEVICE))
+    assert (q.dequantize() == 0).all() and q.scale.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")   # NumPy's, in Triton's interpreter
+@three("norm_rows")
+@pytest.mark.parametrize("kind", ms.NORMS)
+def test_nan_and_inf_spoil_the_row_that_is_made_of_them_and_no_other(kind, name):
+    x, weight = random_rows(7, 600, device=DEVICE).clamp(-24, 24), torch.ones(600, device=DEVICE)
+    fine = getattr(ms, name)(x, kind, weight)
+    x[0, 3], x[2, 599], x[4, 290] = float("nan"), float("inf"), float("-inf")
+    assert_spoilt(getattr(ms, name)(x, kind, weight), fine, [0, 2, 4])
+
+
+def assert_spoilt(q, fine, rows):
+    """These rows are NaN, the others those of `fine`."""
+    others = [r for r in range(len(fine.scale)) if r not in rows]
+    assert q.scale[rows].isnan().all() and q.dequantize()[rows].isnan().all()
+    assert torch.equal(q.dequantize()[others], fine.dequantize()[others]) and fine.scale.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# SwiGLU
+
 def swiglu_gradient(h, da):
     """By autograd."""
     h = h.detach().requires_grad_()
@@ -358,57 +399,165 @@ def swiglu_gradient(h, da):
     return torch.autograd.grad(F.silu(gate) * up, h, da)[0]
 
 
-@pytest.mark.parametrize("shape", ROWS, ids=str)
-@pytest.mark.parametrize("producer", EQUATIONS)
-def test_produced_rows_are_the_equation_in_float32_then_the_quantiser(producer, shape):
-    R, width = shape[0], shape[1] * (2 if producer == "swiglu" else 1)
-    weight = random_rows(1, width, seed=1)[0]
-    for x in layouts(R, width):
-        w = weight.to(x.dtype)
-        assert_rounds(ms.produce_rows_reference(x, producer, w), EQUATIONS[producer](x.double(), w.double()), E4M3)
+def in_fp8(h):
+    return ms.quantize_reference(h, E4M3, (1, ALL), "up")
 
 
 def test_swiglu_reads_the_gate_from_the_first_half_and_up_from_the_second():
-    x = torch.tensor([[0.0, 64.0, 3.0, 3.0]])   # silu(0) = 0, silu(64) = 64
-    assert ms.produce_rows_reference(x, "swiglu").dequantize().tolist() == [[0.0, 192.0]]
+    h = torch.tensor([[0.0, 64.0, 3.0, 3.0]])   # silu(0) = 0, silu(64) = 64
+    assert ms.swiglu(h).tolist() == [[0.0, 192.0]]
 
 
-def test_swiglu_backward_is_the_gradient_that_autograd_gives():
+@pytest.mark.parametrize("shape", HALVES, ids=str)
+def test_swiglu_rows_are_the_equation_rounded_once_and_h_rounded_once(shape):
+    for h in layouts(shape[0], 2 * shape[1]):
+        (a, h_q), (gate, up) = ms.swiglu_rows_reference(h), h.double().chunk(2, dim=1)
+        assert_rounds(a, gate / (1 + (-gate).exp()) * up, E4M3)
+        assert_same(h_q, in_fp8(h))
+
+
+@three("swiglu_rows")
+def test_swiglu_rows_of_zeros_are_zeros(name):
+    for q in getattr(ms, name)(torch.zeros(3, 96, device=DEVICE)):
+        assert (q.dequantize() == 0).all() and q.scale.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow)")   # NumPy's, in Triton's interpreter
+@three("swiglu_rows")
+def test_nan_and_inf_spoil_their_row_of_both_outputs_and_an_overflow_that_of_the_product_alone(name):
+    h = random_rows(7, 600, device=DEVICE).clamp(-24, 24)
+    fine_a, fine_h = getattr(ms, name)(h)
+    h[0, 3], h[2, 599], h[4, 290] = float("nan"), float("inf"), float("-inf")   # gate, up, gate
+    a, h_q = getattr(ms, name)(h)
+    assert_spoilt(a, fine_a, [0, 2, 4])
+    assert_spoilt(h_q, fine_h, [0, 2, 4])
+    h[6, [290, 590]] = 1e30
+    a, h_q = getattr(ms, name)(h)
+    assert_spoilt(a, fine_a, [0, 2, 4, 6])
+    assert h_q.dequantize()[6].isfinite().all()
+
+
+def test_swiglu_backward_is_the_gradient_that_autograd_gives_at_the_h_that_was_kept():
     for h, da in zip(layouts(64, 600), layouts(64, 300, seed=1)):
-        q, gradient = ms.swiglu_backward_reference(h, da), swiglu_gradient(h.double(), da.double())
+        h_q = in_fp8(h)
+        q, gradient = ms.swiglu_backward_reference(h_q, da), swiglu_gradient(h_q.dequantize().double(), da.double())
         assert_rounds(q, gradient, E4M3)
         assert ms.sqnr(gradient, q.dequantize(), group=600) > 30   # rounded once: E4M3 has 31 to 32 dB
 
 
-@pytest.mark.parametrize("name", PRODUCE)
-@pytest.mark.parametrize("producer", ms.PRODUCERS)
-def test_produced_rows_of_zeros_are_zeros(producer, name):
-    q = getattr(ms, name)(torch.zeros(3, 96, device=DEVICE), producer, torch.ones(96, device=DEVICE))
-    assert (q.dequantize() == 0).all() and q.scale.isfinite().all()
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")   # NumPy's, in Triton's interpreter
-@pytest.mark.parametrize("name", PRODUCE)
-@pytest.mark.parametrize("producer", ms.PRODUCERS)
-def test_nan_and_inf_spoil_the_row_that_is_produced_from_them_and_no_other(producer, name):
-    x, weight = random_rows(7, 600, device=DEVICE).clamp(-24, 24), torch.ones(600, device=DEVICE)
-    fine = getattr(ms, name)(x, producer, weight)
-    x[0, 3], x[2, 599], x[4, 290] = float("nan"), float("inf"), float("-inf")   # in either part of the row
-    q = getattr(ms, name)(x, producer, weight)
-    assert q.scale[:5:2].isnan().all() and q.dequantize()[:5:2].isnan().all()
-    assert torch.equal(q.dequantize()[[1, 3, 5, 6]], fine.dequantize()[[1, 3, 5, 6]])
-
-
-@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.filterwarnings("ignore:invalid value")
+@three("swiglu_backward")
 def test_swiglu_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(name):
     h, da = random_rows(7, 600, device=DEVICE).clamp(-24, 24), random_rows(7, 300, seed=1, device=DEVICE)
     h[5], da[6] = 0, 0
-    fine = getattr(ms, name)(h, da)
-    assert (fine.dequantize()[5:] == 0).all() and fine.scale.isfinite().all()
+    fine = getattr(ms, name)(in_fp8(h), da)
+    assert (fine.dequantize()[5:] == 0).all()
     h[0, 3], h[2, 599], da[4, 290] = float("nan"), float("-inf"), float("inf")
-    q = getattr(ms, name)(h, da)
-    assert q.scale[:5:2].isnan().all() and q.dequantize()[:5:2].isnan().all()
-    assert torch.equal(q.dequantize()[[1, 3, 5, 6]], fine.dequantize()[[1, 3, 5, 6]])
+    assert_spoilt(getattr(ms, name)(in_fp8(h), da), fine, [0, 2, 4])
+
+
+@three("swiglu_backward")
+def test_swiglu_backward_reads_h_of_any_strides(name):
+    h, da = random_rows(40, 5, device=DEVICE).clamp(-24, 24), random_rows(5, 20, seed=1, device=DEVICE)
+    assert_same(getattr(ms, name)(in_fp8(h.t()), da), getattr(ms, name)(in_fp8(h.t().contiguous()), da))
+
+
+# ---------------------------------------------------------------------------------------------------
+# RoPE
+
+HEADS = [(1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (2, 33, 3, 1, 64), (1, 3, 33, 33, 64)]   # B, T, heads, kv_heads, head_dim
+
+
+def angles(T, head_dim):
+    """cos, sin (T, head_dim / 2)."""
+    angle = torch.randn(T, head_dim // 2, generator=torch.Generator().manual_seed(9)) * 10
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def heads(B, T, n, head_dim, seed=0):
+    """(B, T, n, head_dim), tokens of very different size."""
+    return random_rows(B * T, n * head_dim, seed, DEVICE).view(B, T, n, head_dim)
+
+
+def head_layouts(B, T, n, head_dim, seed):
+    """As heads lie in memory: one after another, all tokens of a head together, beside others, channels apart."""
+    x = heads(B, T, n, head_dim, seed)
+    beside = torch.zeros(B, T, n + 3, head_dim, device=DEVICE)
+    beside[:, :, 1:-2] = x
+    return x, x.transpose(1, 2).contiguous().transpose(1, 2), beside[:, :, 1:-2], x.mT.contiguous().mT
+
+
+def test_rope_multiplies_the_complex_numbers_x_i_and_x_of_the_other_half():
+    cos, sin = angles(5, 16)
+    x = heads(2, 5, 3, 16)
+    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.complex(cos.double(), sin.double())[:, None]
+    exact = torch.cat((turned.real, turned.imag), dim=-1)
+    assert ((ms.rope(x, cos, sin) - exact).abs() <= 2**-22 * turned.abs().repeat(1, 1, 1, 2)).all()
+    assert torch.equal(ms.rope(x.bfloat16(), cos, sin), ms.rope(x.bfloat16().float(), cos, sin).bfloat16())
+
+
+# A kernel may fuse a product and a sum: 2^-22 of a pair. In BF16 that is a code next to a tie, and the interpreter cuts
+# bits off where a GPU rounds
+@pytest.mark.parametrize("dtype, code", [(torch.float32, 0), (torch.bfloat16, 2**-7)], ids=str)
+@pytest.mark.parametrize("T, n, head_dim", [(1, 3, 6), (5, 3, 16), (33, 2, 64), (1, 40, 64)])
+@pytest.mark.parametrize("name", ["rope_", pytest.param("rope_triton_", marks=needs_triton)])
+def test_rope_in_place_equals_rope_and_touches_nothing_around_it(name, T, n, head_dim, dtype, code):
+    whole, (cos, sin) = heads(4, T + 1, n + 3, head_dim).to(dtype), angles(T, head_dim)
+    inside = torch.zeros_like(whole, dtype=torch.bool)
+    x, within = (z[:-1, 1:, 1:-2] for z in (whole, inside))
+    before, expected = whole.clone(), ms.rope(x, cos, sin)
+    pair = torch.hypot(*x.float().chunk(2, dim=-1)).repeat(1, 1, 1, 2)
+    getattr(ms, name)(x, cos, sin)
+    assert ((x.float() - expected.float()).abs() <= code * expected.float().abs() + 2**-22 * pair).all()
+    within.fill_(True)
+    assert torch.equal(whole[~inside], before[~inside])
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(shape):
+    B, T, n, kv, head_dim = shape
+    qkv = torch.randn(B * T, (n + 2 * kv) * head_dim, device=DEVICE, requires_grad=True)
+    q, k, v = qkv.view(B, T, -1, head_dim).split((n, kv, kv), dim=2)
+    cos, sin = angles(T, head_dim)
+    gradients = [heads(B, T, count, head_dim, seed) for seed, count in enumerate((n, kv, kv))]
+    (exact,) = torch.autograd.grad((ms.rope(q, cos, sin), ms.rope(k, cos, sin), v), qkv, gradients)
+    gradient = ms.qkv_gradient(*gradients, cos, sin)
+    assert ((gradient - exact).abs() <= 2**-22 * exact.abs().amax(1, keepdim=True)).all()
+    assert_same(ms.rope_backward_reference(*gradients, cos, sin), in_fp8(gradient))
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_the_backward_pass_of_rope_turns_back_what_rope_turned(shape):
+    B, T, n, kv, head_dim = shape
+    q, k, v = (heads(B, T, count, head_dim, seed) for seed, count in enumerate((n, kv, kv)))
+    cos, sin = angles(T, head_dim)
+    back = ms.qkv_gradient(ms.rope(q, cos, sin), ms.rope(k, cos, sin), v, cos, sin)
+    x = torch.cat((q, k, v), dim=2).view(B * T, -1)
+    assert ((back - x).abs() <= 2**-21 * x.abs().amax(1, keepdim=True)).all()   # float32, where rope is applied twice
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_rope_backward_kernel_equals_reference_but_for_float32_rounding_wherever_heads_lie(shape):
+    B, T, n, kv, head_dim = shape
+    cos, sin = angles(T, head_dim)
+    dq, dk, dv = (head_layouts(B, T, count, head_dim, seed) for seed, count in enumerate((n, kv, kv)))
+    for i, dtype in enumerate(2 * (torch.float32, torch.bfloat16)):   # no two of the three in the same layout
+        gradients = [x.to(dtype) for x in (dq[i], dk[i - 1], dv[i - 2])]
+        q = ms.rope_backward_triton(*gradients, cos, sin)
+        assert_rounds(q, ms.qkv_gradient(*gradients, cos, sin), E4M3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@three("rope_backward")
+def test_rope_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(name):
+    dq, dk, dv = (heads(2, 5, n, 16, seed) for seed, n in enumerate((4, 2, 2)))
+    for x in (dq, dk, dv):
+        x[1, 4] = 0
+    fine = getattr(ms, name)(dq, dk, dv, *angles(5, 16))
+    assert (fine.dequantize()[9] == 0).all()
+    dq[0, 1, 3, 2], dk[1, 0, 0, 15], dv[1, 2, 1, 7] = float("nan"), float("inf"), float("-inf")
+    assert_spoilt(getattr(ms, name)(dq, dk, dv, *angles(5, 16)), fine, [1, 5, 7])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -459,7 +608,7 @@ def test_plot_says_what_is_missing(monkeypatch):
 
 def quantize_by_kernel(x, fmt, block, rule):
     if block == (1, ALL):
-        return ms.produce_rows_triton(x, "none", None, fmt, rule)
+        return ms.norm_rows_triton(x, "none", None, fmt, rule)
     return ms.quantize_triton(x, fmt, block, rule)
 
 
@@ -509,28 +658,36 @@ def test_one_reading_gives_the_quantised_tensor_and_its_exact_transpose(shape, f
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
 def test_rows_kernel_holds_rows_of_any_width_bit_for_bit(shape, fmt):
     for x in layouts(*shape, device=DEVICE):
-        assert_same(ms.produce_rows_triton(x, "none", None, fmt), ms.produce_rows_reference(x, "none", None, fmt))
+        assert_same(ms.norm_rows_triton(x, "none", None, fmt), ms.norm_rows_reference(x, "none", None, fmt))
 
 
 @needs_triton
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
-@pytest.mark.parametrize("producer", EQUATIONS)
-def test_rows_kernel_equals_reference_but_for_float32_rounding(producer, fmt, shape):
-    R, width = shape[0], shape[1] * (2 if producer == "swiglu" else 1)
-    weight = random_rows(1, width, seed=1, device=DEVICE)[0]
-    for x in layouts(R, width, device=DEVICE):
+@pytest.mark.parametrize("kind", EQUATIONS)
+def test_rows_kernel_equals_reference_but_for_float32_rounding(kind, fmt, shape):
+    weight = random_rows(1, shape[1], seed=1, device=DEVICE)[0]
+    for x in layouts(*shape, device=DEVICE):
         w = weight.to(x.dtype)
-        assert_rounds(ms.produce_rows_triton(x, producer, w, fmt), ms.PRODUCERS[producer](x.float(), w.float()), fmt)
+        assert_rounds(ms.norm_rows_triton(x, kind, w, fmt), ms.NORMS[kind](x.float(), w.float()), fmt)
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", ROWS, ids=str)
-@pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
-def test_swiglu_backward_kernel_equals_autograd_but_for_float32_rounding(fmt, shape):
+@pytest.mark.parametrize("shape", HALVES, ids=str)
+def test_swiglu_kernel_equals_reference_but_for_float32_rounding_of_the_product(shape):
+    for h in layouts(shape[0], 2 * shape[1], device=DEVICE):
+        a, h_q = ms.swiglu_rows_triton(h)
+        assert_rounds(a, ms.swiglu(h.float()), E4M3)
+        assert_same(h_q, in_fp8(h))
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", HALVES, ids=str)
+def test_swiglu_backward_kernel_equals_autograd_but_for_float32_rounding(shape):
     R, width = shape
     for h, da in zip(layouts(R, 2 * width, device=DEVICE), layouts(R, width, seed=1, device=DEVICE)):
-        assert_rounds(ms.swiglu_backward_triton(h, da, fmt), swiglu_gradient(h.float(), da.float()), fmt)
+        _, h_q = ms.swiglu_rows(h.contiguous())
+        assert_rounds(ms.swiglu_backward_triton(h_q, da), swiglu_gradient(h_q.dequantize(), da.float()), E4M3)
 
 
 @needs_triton
@@ -558,9 +715,9 @@ def test_both_fp8_copies_of_a_weight_stand_for_the_same_weight(name):
 
 def test_what_does_not_fit_together_is_refused_with_its_shape():
     x = torch.ones(4, 48)
-    with pytest.raises(ValueError, match="'relu' is unknown: choose one of none, rms, layer, swiglu"):
-        ms.produce_rows(x, "relu")
+    with pytest.raises(ValueError, match="'relu' is unknown: choose one of none, rms, layer$"):
+        ms.norm_rows(x, "relu")
     with pytest.raises(ValueError, match=r"weight has shape \(32,\): rows of 48"):
-        ms.produce_rows(x, "rms", torch.ones(32))
+        ms.norm_rows(x, "rms", torch.ones(32))
     with pytest.raises(ValueError, match=r"h \(4, 48\) must be twice as wide as da \(4, 20\)"):
-        ms.swiglu_backward(x, torch.ones(4, 20))
+        ms.swiglu_backward(in_fp8(x), torch.ones(4, 20))

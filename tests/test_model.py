@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import gemm_kernel
+import microscale
 import model as m
 from conftest import DEVICE
 from gemm_kernel import relative_error
-from microscale import RECIPES, sqnr
+from microscale import NORMS, RECIPES, rope, sqnr, swiglu, swiglu_gradient, swiglu_rows_reference
 from model import PRESETS, ModelConfig, Transformer
 
 TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
@@ -112,15 +114,15 @@ def test_activation_count_equals_what_autograd_keeps(fp8, recompute, change):
     assert sum(nbytes for _, nbytes in kept) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute, fp8_inputs", [("none", [256, 256, 256, 512]), ("act", [])])
+@pytest.mark.parametrize("recompute, fp8_inputs", [("none", [256, 256, 256]), ("act", [])])
 def test_moss_keeps_the_tensors_that_memory_lists_and_no_other(recompute, fp8_inputs):
     c, x, widths = dataclasses.replace(WIDE, kv_heads=2), tokens(4, 64, 512), defaultdict(list)
     for dtype, nbytes in kept_by_autograd(make(c, "moss", recompute), x):
         widths[dtype].append(nbytes / dtype.itemsize / x.numel())
-    block = [c.d, c.d + 2 * c.kv_dim, c.d, c.kv_dim, c.d, c.d, 2 * c.ffn]   # in the order of the docstring
+    block = [c.d, c.d + 2 * c.kv_dim, c.d, c.d]   # in the order of the docstring; q, k and v are one tensor
     listed = [*c.layers * block, c.d, c.d, c.vocab]
     assert sorted(w for w in widths[torch.float32] if w > c.heads) == sorted(listed)   # <= heads: statistics, scales
-    assert sorted(widths[torch.float8_e4m3fn]) == sorted(c.layers * fp8_inputs)
+    assert sorted(widths[torch.float8_e4m3fn]) == sorted(c.layers * [*fp8_inputs, c.ffn, 2 * c.ffn])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_no_token_sees_a_later_one(fp8):
 def test_rope_turns_by_the_distance_alone():
     cos, sin = m.rope_table(16, 8, 10000.0, "cpu")
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    q, k = (m.rope(z.expand(1, 16, 1, 8), cos, sin)[0, :, 0] for z in (q, k))
+    q, k = (rope(z.expand(1, 16, 1, 8), cos, sin)[0, :, 0] for z in (q, k))
     scores = q @ k.t()
     for distance in (-3, 0, 5):
         diagonal = scores.diagonal(distance)
@@ -185,7 +187,7 @@ def test_norm_backward_equals_autograd_in_float64(kind, dtype, tolerance):
     weight = torch.rand(96, device=DEVICE) + 0.5 if kind == "rms" else None
     exact_x = x.double().requires_grad_()
     exact_weight = None if weight is None else weight.to(dtype).double().requires_grad_()
-    m.PRODUCERS[kind](exact_x, exact_weight).backward(dy.double())
+    NORMS[kind](exact_x, exact_weight).backward(dy.double())
     dx, d_weight = m.norm_backward(dy, x, weight, kind, residual)
     for row in range(48):
         assert relative_error(dx[row], exact_x.grad[row] + residual[row].double()) < tolerance, row
@@ -204,7 +206,22 @@ def block_step(config, fp8, dtype, B, T, fused=True):
     return {"output": y.detach(), "input": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
 
 
-# SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded apart: 57 dB
+class SwiGLUWithHInE4M3(torch.autograd.Function):
+    """For the block computed layer by layer: its gradient, too, is taken at what a fused block keeps of [gate, up]."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return swiglu(h.float()).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, da):
+        (h,) = ctx.saved_tensors
+        _, h_q = swiglu_rows_reference(h.flatten(0, 1))
+        return swiglu_gradient(h_q.dequantize(), da.flatten(0, 1)).to(h.dtype).view_as(h)
+
+
+# SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded apart: 55 dB
 # or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more on their way to a layer: 25 dB or so
 LAYERED = {torch.float32: 45, torch.bfloat16: 20}
 CHANGES = pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
@@ -213,7 +230,8 @@ CHANGES = pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads":
 @CHANGES
 @pytest.mark.parametrize("B, T", [(2, 32), (16, 33)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, change):
+def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, change, monkeypatch):
+    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
     config = dataclasses.replace(TINY, **change)
     fused, layered = (block_step(config, "moss", dtype, B, T, fused) for fused in (True, False))
     for name in layered:
@@ -225,7 +243,7 @@ def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, chang
 def test_fused_block_is_as_close_to_the_unquantised_block_as_e4m3_allows(dtype, change):
     config = dataclasses.replace(TINY, **change)
     exact, fused = (block_step(config, fp8, dtype, 16, 17) for fp8 in ("none", "moss"))
-    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and what earlier layers add, leave 20.7 or more
+    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and what earlier layers add, leave 20.3 or more
         assert sqnr(exact[name], fused[name]) > 18, name
 
 
@@ -241,10 +259,47 @@ def test_a_step_leaves_the_fp8_copies_of_the_weights_alone(recompute):
 
 
 @pytest.mark.parametrize("fp8, recompute", [("moss", "act"), ("moss", "block"), ("none", "block"), ("group", "block")])
+@torch.compiler.set_stance("force_eager")   # what is compiled anew may sum in another order
 def test_recomputation_changes_no_bit(fp8, recompute):
     kept, again = (gradients(make(fp8=fp8, recompute=r, device=DEVICE, gain=4)) for r in ("none", recompute))
     for name in kept:
         assert torch.equal(kept[name], again[name]), name
+
+
+# What is compiled rounds to BF16 less often and sums in another order: values move by a step of BF16 at most. That left
+# 38 dB or more in 12 seeds on a CPU. Of values that move, one in 16 gets another code of E4M3. If all do, that is the
+# noise of one quantisation, 31 dB, and 21 dB after ten of them; 25 dB or more were left
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8, decibels", [("none", 30), ("moss", 20)])
+def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
+    torch.compiler.reset()   # after 8 shapes a function stays as it is: those of other tests do not count here
+    compiled = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
+    with torch.compiler.set_stance("force_eager"):
+        eager = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
+    for name in eager:
+        assert sqnr(eager[name], compiled[name]) > decibels, name
+
+
+# The kernels and their emulation differ next to ties of E4M3, in the 14 bits of fast accumulation, and by a step of BF16
+# here and there: each is a small part of the noise of one quantisation, 31 dB
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
+def test_a_step_at_7b_width_gives_the_loss_and_gradients_of_its_emulation(preset, monkeypatch):
+    config = dataclasses.replace(PRESETS[preset], layers=2, seq=512, vocab=1024)
+    x, seen = tokens(4, 512, 1024).to(DEVICE), []
+    for emulate in (False, True):
+        if emulate:
+            for module in (gemm_kernel, microscale):
+                monkeypatch.setattr(module, "has_fp8_tensor_cores", lambda device: False)
+        with torch.device(DEVICE):
+            model = make(config, "moss", device=DEVICE)
+        loss = model(x, x.roll(-1, dims=1))
+        loss.backward()
+        seen.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    assert abs(seen[0]["loss"] - seen[1]["loss"]) < 1e-3 * seen[1]["loss"]
+    for name in seen[1]:
+        print(f"{name:32} {sqnr(seen[1][name], seen[0][name]):.1f} dB")
+        assert sqnr(seen[1][name], seen[0][name]) > 20, name
 
 
 def test_unknown_recomputation_is_refused_with_the_choices():
@@ -262,6 +317,7 @@ def test_watching_the_health_of_a_fused_block_changes_no_bit(recompute):
 
 
 def test_fused_block_watches_the_numbers_that_the_block_computed_layer_by_layer_watches(monkeypatch):
+    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
     seen = {True: [], False: []}
     for fused in seen:
         model = make(dataclasses.replace(TINY, layers=1), "moss", device=DEVICE, gain=4)
