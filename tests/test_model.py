@@ -280,26 +280,29 @@ def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
         assert sqnr(eager[name], compiled[name]) > decibels, name
 
 
-# The kernels and their emulation differ next to ties of E4M3, in the 14 bits of fast accumulation, and by a step of BF16
-# here and there: each is a small part of the noise of one quantisation, 31 dB
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
-def test_a_step_at_7b_width_gives_the_loss_and_gradients_of_its_emulation(preset, monkeypatch):
-    config = dataclasses.replace(PRESETS[preset], layers=2, seq=512, vocab=1024)
-    x, seen = tokens(4, 512, 1024).to(DEVICE), []
-    for emulate in (False, True):
-        if emulate:
+def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_that(preset, monkeypatch):
+    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantiser others because of
+    these: after eight of them kernels and emulation differ by the noise of FP8, but must not add to it."""
+    config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
+    x, seen = tokens(4, 512, 1024).to(DEVICE), {}
+    for name in ("none", "moss", "emulated"):
+        if name == "emulated":
             for module in (gemm_kernel, microscale):
                 monkeypatch.setattr(module, "has_fp8_tensor_cores", lambda device: False)
         with torch.device(DEVICE):
-            model = make(config, "moss", device=DEVICE)
+            model = make(config, "none" if name == "none" else "moss", device=DEVICE)
         loss = model(x, x.roll(-1, dims=1))
         loss.backward()
-        seen.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
-    assert abs(seen[0]["loss"] - seen[1]["loss"]) < 1e-3 * seen[1]["loss"]
-    for name in seen[1]:
-        print(f"{name:32} {sqnr(seen[1][name], seen[0][name]):.1f} dB")
-        assert sqnr(seen[1][name], seen[0][name]) > 20, name
+        seen[name] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    assert abs(seen["moss"]["loss"] - seen["emulated"]["loss"]) < 1e-3 * seen["emulated"]["loss"]
+    for name in seen["none"]:
+        emulated, kernels, between = (sqnr(seen[a][name], seen[b][name]) for a, b in (
+            ("none", "emulated"), ("none", "moss"), ("emulated", "moss")))
+        print(f"{name:32} to BF16: emulated {emulated:.1f} dB, kernels {kernels:.1f} dB; between them {between:.1f} dB")
+        if name != "loss":
+            assert kernels > emulated - 0.5 and between > emulated, name
 
 
 def test_unknown_recomputation_is_refused_with_the_choices():
@@ -378,7 +381,7 @@ def test_scaling_the_loss_scales_both_gradients_by_as_much(dtype, monkeypatch):
     x, w, targets = head_inputs(dtype, monkeypatch)
     whole, third = (torch.autograd.grad(m.head_loss(x, w, targets) / n, (x, w)) for n in (1, 3))
     for a, b in zip(whole, third):   # roundings of single values cancel in the sum; a rounded 1/3 (0.2% in BF16) stays
-        assert 3 * (a.double() * b.double()).sum() / a.double().square().sum() == pytest.approx(1, abs=5e-4)
+        assert (3 * (a.double() * b.double()).sum() / a.double().square().sum()).item() == pytest.approx(1, abs=5e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
