@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
@@ -469,14 +470,29 @@ def checksum(path):
     return f"{crc:08x}"
 
 
+class SummedFile:
+    """What torch.save writes to: a file, and the CRC32 of all that went into it."""
+
+    def __init__(self, file):
+        self.file, self.crc = file, 0
+
+    def write(self, data):
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
 def write_checkpoint(out, state):
     """Written beside its place and renamed into it: a crash leaves a whole file or none. -> its path."""
     temporary = out / "checkpoint.tmp"
     with open(temporary, "wb") as f:
-        torch.save(state, f)
+        summed = SummedFile(f)
+        torch.save(state, summed)
         f.flush()
         os.fsync(f.fileno())
-    path = out / f"step_{state['step']:08}_{checksum(temporary)}.pt"
+    path = out / f"step_{state['step']:08}_{summed.crc:08x}.pt"
     os.replace(temporary, path)
     return path
 
@@ -623,7 +639,7 @@ def make_model(c, device, vocab=None):
         model = Transformer(config, c.fp8, c.recompute)
     torch.compiler.set_stance("force_eager" if c.eager else "default")
     if device.type == "cuda" and c.fp8 == "none" and not c.eager:
-        model.compile()
+        model.compile(dynamic=False)
     return model
 
 
@@ -737,6 +753,26 @@ class Shards:
         tensor = tensor if self.mine(p) else torch.empty(p.shape, device=p.device)
         dist.broadcast(tensor, self.owner[p])
         return tensor
+
+
+def data_parallel(model, device):
+    """DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, while the backward pass goes on."""
+    gpu = device.type == "cuda"
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, gradient_as_bucket_view=True)
+    if gpu:
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp
+
+
+def traffic(model, device, shards):
+    """One line: how much the ranks exchange in a step, by what it is."""
+    everything = sum(p.numel() for p in model.parameters())
+    linear = sum(layer.weight.numel() for layer in model.linears())
+    name, width = ("BF16", 2) if device.type == "cuda" else ("FP32", 4)
+    parts = [(width * everything, f"of gradients in {name}, {'to their owners' if shards else 'all-reduced'}")]
+    if shards:
+        parts += [(linear, "of weights in FP8"), (4 * (everything - linear), "of other weights in FP32")]
+    return ", ".join(f"{size / 2**20:,.1f} MiB {what}" for size, what in parts)
 
 
 def update_weights(optimizer, model, scales, lr, update, c, shards=None):
@@ -1011,13 +1047,12 @@ def train(config):
     say(f"data    {len(train_batches.tokens):,} training and {len(val_batches.tokens):,} validation tokens of "
         f"{c.data or 'the Python standard library'}")
     say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
+    if ranks.world > 1:
+        say(f"ranks   {ranks.world}, each sends per step: {traffic(model, device, shards)}")
     if c.resume:
         say(f"resumed {checkpoint} at step {step}")
 
-    ddp = model
-    if ranks.world > 1 and not shards:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+    ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
     tokens_per_step = c.accum * c.batch * c.seq
     flops_per_step = tokens_per_step * flops_per_token(model.config)
     peak = bf16_peak(device)

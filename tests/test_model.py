@@ -283,8 +283,8 @@ def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
 def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_that(preset, monkeypatch):
-    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantiser others because of
-    these: after eight of them kernels and emulation differ by the noise of FP8, but must not add to it."""
+    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantiser more, because of
+    them: after eight quantisers kernels and emulation differ by the noise of FP8, but they must not add to it."""
     config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
     x, seen = tokens(4, 512, 1024).to(DEVICE), {}
     for name in ("none", "moss", "emulated"):

@@ -23,6 +23,7 @@ import time
 import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +285,15 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.parametrize("shards, text", [
+    (None, "4.0 MiB of gradients in BF16, all-reduced"),
+    (True, "4.0 MiB of gradients in BF16, to their owners, 1.0 MiB of weights in FP8, 4.0 MiB of other weights in FP32")])
+def test_the_log_says_what_the_ranks_send_in_a_step(shards, text):
+    weight, other = torch.empty(1024, 1024, device="meta"), torch.empty(2**20, device="meta")
+    model = SimpleNamespace(parameters=lambda: [weight, other], linears=lambda: [SimpleNamespace(weight=weight)])
+    assert train.traffic(model, torch.device("cuda"), shards) == text
+
+
 @pytest.fixture(scope="module", params=["none", "moss", "moss --shard"])
 def two_ranks(request, tmp_path_factory):
     """(folder of a run on two processes, the command line that made it)."""
@@ -295,6 +305,7 @@ def two_ranks(request, tmp_path_factory):
                            "--master_port", str(free_port()), str(ROOT / "train.py"), *command],
                           timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "ranks   2, each sends per step: " in done.stdout
     return folder, command
 
 
