@@ -287,7 +287,8 @@ def free_port():
 
 @pytest.mark.parametrize("shards, text", [
     (None, "4.0 MiB of gradients in BF16, all-reduced"),
-    (True, "4.0 MiB of gradients in BF16, to their owners, 1.0 MiB of weights in FP8, 4.0 MiB of other weights in FP32")])
+    (True, "4.0 MiB of gradients in BF16, to their owners, 1.0 MiB of weights in FP8, "
+           "4.0 MiB of other weights in FP32")])
 def test_the_log_says_what_the_ranks_send_in_a_step(shards, text):
     weight, other = torch.empty(1024, 1024, device="meta"), torch.empty(2**20, device="meta")
     model = SimpleNamespace(parameters=lambda: [weight, other], linears=lambda: [SimpleNamespace(weight=weight)])
