@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
@@ -403,7 +404,10 @@ def start_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        # torchrun keeps its store when it restarts the ranks: without a prefix they find the addresses of the dead
+        store, rank, world = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=device if device.type == "cuda" else None)
     if dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -342,6 +343,36 @@ def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp
     assert "resumed" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     run(tiny(more, "whole"))
+    assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
+        victim, tmp_path, no_sample):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "killed.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+real = train.forward_backward
+def killed(model, batches, step, c, ranks, shards=None):
+    if (step, ranks.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (6, {victim}, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, batches, step, c, ranks, shards)
+train.forward_backward = killed
+code = train.main(sys.argv[1:])
+train.gc.collect()
+train.dist.destroy_process_group()
+sys.exit(code)
+""")
+    command = [*TINY, *"--fp8 moss --accum 2 --steps 8 --eval_batches 2".split(), "--data", str(tmp_path / "text.txt")]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts",
+                           "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+                           str(tmp_path / "killed.py"), *command, "--out", str(tmp_path / "out")],
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search("resumed .* at step [246]\n", done.stdout)
+    run([*command, "--out", str(tmp_path / "whole")])
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
 
 
