@@ -33,7 +33,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from microscale import INTERPRETED, to_fp8
+    from microscale import to_fp8
 
 # Room for FP32 rounding (unit u = 2^-24), so that the bound holds for the weights and scales as computed.
 # A weight and its scale are rounded at most 7 times a step between them (decay factor, product, sum; the
@@ -285,8 +285,7 @@ def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, ste
 if HAS_TRITON:
     @triton.jit
     def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, N, K, decay, one_minus_beta1, beta2,
-                      one_minus_beta2, v_root_correction, eps, step_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                      INTERPRETED: tl.constexpr):
+                      one_minus_beta2, v_root_correction, eps, step_size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
         """`adamw_reference` on one tile: every number is read once and written once."""
         n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -302,7 +301,7 @@ if HAS_TRITON:
         tl.store(p_ptr + at, p, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
         tl.store(v_ptr + at, v, mask=inside)
-        w = to_fp8(p * tl.div_rn(1.0, tl.load(scale_ptr)), True, INTERPRETED)
+        w = to_fp8(p * tl.div_rn(1.0, tl.load(scale_ptr)))
         tl.store(w_ptr + at, w, mask=inside)
         tl.store(w_t_ptr + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
 
@@ -312,7 +311,7 @@ if HAS_TRITON:
         grid = (cdiv(N, 64), cdiv(K, 64))   # with 8 warps the fastest of eleven shapes on an H200
         _adamw_kernel[grid](p, g, m, v, w, w_t, scale, N, K, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2,
                             math.sqrt(1 - beta2**step), eps, lr / (1 - beta1**step), BLOCK_N=64, BLOCK_K=64,
-                            INTERPRETED=INTERPRETED, num_warps=8)
+                            num_warps=8)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def rope_backward_reference(dq, dk, dv, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The same on a GPU: one pass over the input
+# The same on a GPU
 
 @functools.cache
 def has_fp8_tensor_cores(device):
@@ -357,7 +357,7 @@ MAX_ELEMENTS = 2**31  # more than these are left to PyTorch
 
 if HAS_TRITON:
     # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
-    INTERPRETED = triton.knobs.runtime.interpret
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
     CAST_E4M3, CAST_E5M2 = (tl.constexpr(
         "{ .reg .b16 low, high; "
         f"cvt.rn.satfinite.{fmt}x2.f32 low, $2, $1; cvt.rn.satfinite.{fmt}x2.f32 high, $4, $3; "
@@ -367,7 +367,7 @@ if HAS_TRITON:
                            "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
 
     @triton.jit
-    def to_fp8(x, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+    def to_fp8(x, IS_E4M3: tl.constexpr = True):
         """float32 -> FP8, round to nearest even, saturating, NaN stays NaN.
 
         On a GPU one instruction casts two numbers. It is spelled out here, four numbers at a time: if Triton 3.6 casts
@@ -397,7 +397,7 @@ if HAS_TRITON:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
     @triton.jit
-    def scale_of(amax, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
+    def scale_of(amax, RULE: tl.constexpr, IS_E4M3: tl.constexpr = True):
         """`scale_from_amax` of magnitudes (R, B) int32 -> (scale, 1 / scale), float32."""
         fmt_max: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
         emax: tl.constexpr = 8 if IS_E4M3 else 15
@@ -419,18 +419,18 @@ if HAS_TRITON:
     @triton.jit
     def _quantize_kernel(x_ptr, q_ptr, t_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
                          ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
-                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr, INTERPRETED: tl.constexpr):
+                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr):
         """One tile (ROWS, COLS) of x, read once in any layout: a scale per GROUP columns, or a given one; FP8."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = (r < R)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
         if RULE == "given":
-            q = to_fp8(x * tl.div_rn(1.0, tl.load(scale_ptr)), IS_E4M3, INTERPRETED)
+            q = to_fp8(x * tl.div_rn(1.0, tl.load(scale_ptr)), IS_E4M3)
         else:
             x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
             scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, IS_E4M3)    # (ROWS, COLS / GROUP)
-            q = to_fp8(tl.reshape(x * inverse[:, :, None], (ROWS, COLS)), IS_E4M3, INTERPRETED)
+            q = to_fp8(tl.reshape(x * inverse[:, :, None], (ROWS, COLS)), IS_E4M3)
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
@@ -457,8 +457,7 @@ if HAS_TRITON:
             scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
-            ROWS=rows, COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both,
-            INTERPRETED=INTERPRETED, num_warps=4)
+            ROWS=rows, COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)
         return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
 
     @triton.jit
@@ -467,13 +466,12 @@ if HAS_TRITON:
         return tl.load(ptr + at, mask=(c < C)[None, :], other=0.0).to(tl.float32)
 
     @triton.jit
-    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
-        tl.store(q_ptr + r[:, None] * stride_r + c[None, :], to_fp8(x, IS_E4M3, INTERPRETED), mask=(c < C)[None, :])
+    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr = True):
+        tl.store(q_ptr + r[:, None] * stride_r + c[None, :], to_fp8(x, IS_E4M3), mask=(c < C)[None, :])
 
     @triton.jit
     def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, NORM: tl.constexpr,
-                     ROWS: tl.constexpr, COLS: tl.constexpr, RULE: tl.constexpr, IS_E4M3: tl.constexpr,
-                     INTERPRETED: tl.constexpr):
+                     ROWS: tl.constexpr, COLS: tl.constexpr, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
         """Whole rows: read, norm, amax, scale, FP8. A row waits in registers for its maximum.
 
         A mask for the rows would cost a tenth of the bandwidth: a program that reaches beyond the last row does the
@@ -490,7 +488,7 @@ if HAS_TRITON:
             x *= tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         scale, inverse = scale_of(tl.max(magnitude(x), axis=1)[:, None], RULE, IS_E4M3)      # (ROWS, 1)
         tl.store(scale_ptr + r[:, None], scale)
-        store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3, INTERPRETED)
+        store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
     def norm_rows_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
         """`norm_rows_reference` in one read of x (R, C), any strides."""
@@ -502,11 +500,11 @@ if HAS_TRITON:
         rows = max(2048 // cols, 1)
         _rows_kernel[(cdiv(R, rows),)](
             x, weight, q, scale, R, C, x.stride(0), x.stride(1), NORM_EPS, NORM=kind, ROWS=rows, COLS=cols, RULE=rule,
-            IS_E4M3=fmt is E4M3, INTERPRETED=INTERPRETED, num_warps=4 if C <= 4096 else 8)
+            IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
         return Quantized(q, scale, (1, ALL))
 
     @triton.jit
-    def sigmoid(x, INTERPRETED: tl.constexpr):
+    def sigmoid(x):
         if INTERPRETED:
             return tl.sigmoid(x)
         else:
@@ -518,8 +516,7 @@ if HAS_TRITON:
         return load_row(h_ptr, r, c, F, 2 * F, 1), load_row(h_ptr + F, r, c, F, 2 * F, 1)
 
     @triton.jit
-    def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr,
-                       INTERPRETED: tl.constexpr):
+    def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
         """`swiglu_rows_reference` of one row, which is read twice, the second time out of the L2 cache.
 
         To keep 22016 numbers in registers, as above, leaves room for one program per SM, and while it computes nothing
@@ -529,60 +526,60 @@ if HAS_TRITON:
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
         for first in range(0, F, BLOCK):
             gate, up = load_halves(h_ptr, r, first + tl.arange(0, BLOCK), F)
-            a_amax = tl.maximum(a_amax, magnitude(gate * sigmoid(gate, INTERPRETED) * up))
+            a_amax = tl.maximum(a_amax, magnitude(gate * sigmoid(gate) * up))
             h_amax = tl.maximum(h_amax, tl.maximum(magnitude(gate), magnitude(up)))
-        a_scale, a_inverse = scale_of(tl.max(a_amax, axis=1)[:, None], "up", True)
-        h_scale, h_inverse = scale_of(tl.max(h_amax, axis=1)[:, None], "up", True)
+        a_scale, a_inverse = scale_of(tl.max(a_amax, axis=1)[:, None], "up")
+        h_scale, h_inverse = scale_of(tl.max(h_amax, axis=1)[:, None], "up")
         tl.store(a_scale_ptr + r[:, None], a_scale)
         tl.store(h_scale_ptr + r[:, None], h_scale)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
             gate, up = load_halves(h_ptr, r, c, F)
-            store_row(a_q_ptr, gate * sigmoid(gate, INTERPRETED) * up * a_inverse, r, c, F, F, True, INTERPRETED)
-            store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F, True, INTERPRETED)
-            store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F, True, INTERPRETED)
+            store_row(a_q_ptr, gate * sigmoid(gate) * up * a_inverse, r, c, F, F)
+            store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F)
+            store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F)
 
     def swiglu_rows_triton(h):
         R, F = h.shape[0], h.shape[1] // 2
         a_q, h_q = (torch.empty(R, n, device=h.device, dtype=E4M3.dtype) for n in (F, 2 * F))
         a_scale, h_scale = (torch.empty(R, 1, device=h.device) for _ in range(2))
-        _swiglu_kernel[(R,)](h.contiguous(), a_q, a_scale, h_q, h_scale, F, BLOCK=min(power_of_two_from(F), 4096),
-                             INTERPRETED=INTERPRETED, num_warps=8)
+        block = min(power_of_two_from(F), 4096)
+        _swiglu_kernel[(R,)](h.contiguous(), a_q, a_scale, h_q, h_scale, F, BLOCK=block, num_warps=8)
         return Quantized(a_q, a_scale, (1, ALL)), Quantized(h_q, h_scale, (1, ALL))
 
     @triton.jit
-    def swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F, INTERPRETED: tl.constexpr):
+    def swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F):
         gate, up = load_halves(h_ptr, r, c, F)
         gate, up = gate * h_scale, up * h_scale
-        da, sigma = load_row(da_ptr, r, c, F, F, 1), sigmoid(gate, INTERPRETED)
+        da, sigma = load_row(da_ptr, r, c, F, F, 1), sigmoid(gate)
         silu = gate * sigma
         return da * up * (sigma + silu * (1 - sigma)), da * silu
 
     @triton.jit
-    def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr,
-                                INTERPRETED: tl.constexpr):
+    def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
         """`swiglu_backward_reference` of one row, read twice."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         h_scale = tl.load(h_scale_ptr + r[:, None])
         amax = tl.zeros((1, BLOCK), tl.int32)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
-            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F, INTERPRETED)
+            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F)
             amax = tl.maximum(amax, tl.maximum(magnitude(d_gate), magnitude(d_up)))
-        scale, inverse = scale_of(tl.max(amax, axis=1)[:, None], "up", True)
+        scale, inverse = scale_of(tl.max(amax, axis=1)[:, None], "up")
         tl.store(scale_ptr + r[:, None], scale)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
-            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F, INTERPRETED)
-            store_row(q_ptr, d_gate * inverse, r, c, F, 2 * F, True, INTERPRETED)
-            store_row(q_ptr + F, d_up * inverse, r, c, F, 2 * F, True, INTERPRETED)
+            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F)
+            store_row(q_ptr, d_gate * inverse, r, c, F, 2 * F)
+            store_row(q_ptr + F, d_up * inverse, r, c, F, 2 * F)
 
     def swiglu_backward_triton(h, da):
         R, F = da.shape
         q = torch.empty(R, 2 * F, device=da.device, dtype=E4M3.dtype)
         scale = torch.empty(R, 1, device=da.device)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale, da.contiguous(), q, scale, F,
-                                      BLOCK=min(power_of_two_from(F), 4096), INTERPRETED=INTERPRETED, num_warps=8)
+        block = min(power_of_two_from(F), 4096)
+        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale, da.contiguous(), q, scale, F, BLOCK=block,
+                                      num_warps=8)
         return Quantized(q, scale, (1, ALL))
 
     @triton.jit
@@ -620,8 +617,7 @@ if HAS_TRITON:
     @triton.jit
     def _rope_backward_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr, R, T, pairs, kv_pairs,
                               dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, HALF: tl.constexpr,
-                              ROWS: tl.constexpr, PAIRS: tl.constexpr, KV_PAIRS: tl.constexpr,
-                              INTERPRETED: tl.constexpr):
+                              ROWS: tl.constexpr, PAIRS: tl.constexpr, KV_PAIRS: tl.constexpr):
         """`rope_backward_reference`: three tensors of any strides (b, t, h) become the rows of one."""
         r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)
         b, t = (r // T).to(tl.int64), r % T
@@ -634,19 +630,19 @@ if HAS_TRITON:
         v1 = tl.load(dv_ptr + of_v + HALF, mask=of_k, other=0.0).to(tl.float32)
         of_kv = tl.maximum(tl.maximum(magnitude(k0), magnitude(k1)), tl.maximum(magnitude(v0), magnitude(v1)))
         amax = tl.maximum(tl.max(tl.maximum(magnitude(q0), magnitude(q1)), axis=1), tl.max(of_kv, axis=1))
-        scale, inverse = scale_of(amax[:, None], "up", True)
+        scale, inverse = scale_of(amax[:, None], "up")
         tl.store(scale_ptr + r[:, None], scale)
         at_q = (j // HALF) * 2 * HALF + j % HALF      # the first of a pair; the other lies HALF further on
         at_k = (i // HALF) * 2 * HALF + i % HALF
         row = q_ptr + r.to(tl.int64)[:, None] * (2 * pairs + 4 * kv_pairs)
-        tl.store(row + at_q[None, :], to_fp8(q0 * inverse, True, INTERPRETED), mask=of_q)
-        tl.store(row + (at_q + HALF)[None, :], to_fp8(q1 * inverse, True, INTERPRETED), mask=of_q)
+        tl.store(row + at_q[None, :], to_fp8(q0 * inverse), mask=of_q)
+        tl.store(row + (at_q + HALF)[None, :], to_fp8(q1 * inverse), mask=of_q)
         row += 2 * pairs
-        tl.store(row + at_k[None, :], to_fp8(k0 * inverse, True, INTERPRETED), mask=of_k)
-        tl.store(row + (at_k + HALF)[None, :], to_fp8(k1 * inverse, True, INTERPRETED), mask=of_k)
+        tl.store(row + at_k[None, :], to_fp8(k0 * inverse), mask=of_k)
+        tl.store(row + (at_k + HALF)[None, :], to_fp8(k1 * inverse), mask=of_k)
         row += 2 * kv_pairs
-        tl.store(row + at_k[None, :], to_fp8(v0 * inverse, True, INTERPRETED), mask=of_k)
-        tl.store(row + (at_k + HALF)[None, :], to_fp8(v1 * inverse, True, INTERPRETED), mask=of_k)
+        tl.store(row + at_k[None, :], to_fp8(v0 * inverse), mask=of_k)
+        tl.store(row + (at_k + HALF)[None, :], to_fp8(v1 * inverse), mask=of_k)
 
     def rope_backward_triton(dq, dk, dv, cos, sin):
         B, T, heads, head_dim = dq.shape
@@ -658,13 +654,12 @@ if HAS_TRITON:
         rows = max(1024 // width, 1)
         _rope_backward_kernel[(cdiv(B * T, rows),)](
             dq, dk, dv, cos, sin, q, scale, B * T, T, pairs, kv_pairs, *dq.stride()[:3], *dk.stride()[:3],
-            *dv.stride()[:3], HALF=head_dim // 2, ROWS=rows, PAIRS=width, KV_PAIRS=kv_width, INTERPRETED=INTERPRETED,
-            num_warps=4)
+            *dv.stride()[:3], HALF=head_dim // 2, ROWS=rows, PAIRS=width, KV_PAIRS=kv_width, num_warps=4)
         return Quantized(q, scale, (1, ALL))
 
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
-                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRETED: tl.constexpr):
+                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
         """A tile (BLOCK_R, BLOCK_C) of q, times a factor per row, to its place in out (C, R)."""
         r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -672,7 +667,7 @@ if HAS_TRITON:
         q = tl.load(q_ptr + r[:, None] * C + c[None, :], mask=inside)
         if HAS_FACTOR:
             factor = tl.load(factor_ptr + r, mask=r < R, other=0.0)
-            q = to_fp8(q.to(tl.float32) * factor[:, None], IS_E4M3, INTERPRETED)
+            q = to_fp8(q.to(tl.float32) * factor[:, None], IS_E4M3)
         tl.store(out_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
     def transpose_triton(q, row_factor=None, fmt=E4M3):
@@ -680,7 +675,7 @@ if HAS_TRITON:
         out = torch.empty(C, R, device=q.device, dtype=q.dtype)
         grid = (cdiv(R, 64), cdiv(C, 256))
         _transpose_kernel[grid](q, row_factor, out, R, C, HAS_FACTOR=row_factor is not None, IS_E4M3=fmt is E4M3,
-                                BLOCK_R=64, BLOCK_C=256, INTERPRETED=INTERPRETED, num_warps=8)
+                                BLOCK_R=64, BLOCK_C=256, num_warps=8)
         return out
 
 

@@ -61,7 +61,7 @@ def all_kernels():
 
     for e4m3 in (True, False):
         q = "*fp8e4nv" if e4m3 else "*fp8e5"
-        fixed = {"IS_E4M3": e4m3, "INTERPRETED": False}
+        fixed = {"IS_E4M3": e4m3}
         sizes = {"q_ptr": q, "scale_ptr": "*fp32", "R": "i32", "C": "i32", "stride_r": "i32"}
         for x, both in itertools.product(("*bf16", "*fp32"), (True, False)):
             group = {"GROUP": 128, "RULE": "given" if both else "fp32", "ROWS": 64 if both else 16,
@@ -82,7 +82,7 @@ def all_kernels():
 
     fp8, bf16, fp32 = "*fp8e4nv", "*bf16", "*fp32"
     for F in (768, 2048, 11008):
-        constants = {"BLOCK": min(power_of_two_from(F), 4096), "INTERPRETED": False}
+        constants = {"BLOCK": min(power_of_two_from(F), 4096)}
         yield f"swiglu {F}", compile_for_hopper(
             _swiglu_kernel, {"h_ptr": bf16, "a_q_ptr": fp8, "a_scale_ptr": fp32, "h_q_ptr": fp8, "h_scale_ptr": fp32,
                              "F": "i32"}, constants, 8)
@@ -99,11 +99,11 @@ def all_kernels():
     for width, kv_width in ((2048, 2048), (2048, 512), (512, 128)):
         yield f"rope backward {width} {kv_width}", compile_for_hopper(
             _rope_backward_kernel, {**gradients, **table, "q_ptr": fp8, "scale_ptr": fp32, **sizes, **strides},
-            {"HALF": 64, "ROWS": max(1024 // width, 1), "PAIRS": width, "KV_PAIRS": kv_width, "INTERPRETED": False}, 4)
+            {"HALF": 64, "ROWS": max(1024 // width, 1), "PAIRS": width, "KV_PAIRS": kv_width}, 4)
 
     numbers = {name: "fp32" for name in _adamw_kernel.arg_names if name not in ("N", "K")}
     pointers = {f"{name}_ptr": "*fp32" for name in ("p", "g", "m", "v", "scale")}
-    constants = {"BLOCK_N": 64, "BLOCK_K": 64, "INTERPRETED": False}
+    constants = {"BLOCK_N": 64, "BLOCK_K": 64}
     types = {**numbers, **pointers, "w_ptr": "*fp8e4nv", "w_t_ptr": "*fp8e4nv", "N": "i32", "K": "i32"}
     types = {name: kind for name, kind in types.items() if name not in constants}
     yield "adamw", compile_for_hopper(_adamw_kernel, types, constants, 8)
