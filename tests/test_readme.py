@@ -1,0 +1,63 @@
+"""The README is true where a machine can tell: files, options, commands and code in it are those of the repository."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import microscale
+import train
+from model import PRESETS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line.split(" # ")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+         for line in block.splitlines()]
+INLINE = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+COMMANDS = [" ".join(text.split()) for text in SHELL + INLINE if re.search(r"\w+\.py", text)]
+
+
+def test_every_file_that_it_names_exists():
+    named = {name for text in SHELL + INLINE for name in re.findall(r"[\w/]+\.(?:py|txt)\b", text)}
+    assert {"train.py", "microscale.py", "requirements.txt"} <= named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_link_leads_to_a_file_or_to_the_web():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links and all(link.startswith("https://") or (ROOT / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py " in c and "--help" not in c])
+def test_every_command_line_is_understood(command):
+    arguments = shlex.split(command.split("train.py", 1)[1].replace("--layers N", "--layers 4"))
+    arguments = [a for a in arguments if a != "..."]
+    while "&&" in arguments:
+        arguments = arguments[:arguments.index("&&")]
+    config = train.parse_config(arguments)
+    assert config.model in (None, *PRESETS)
+    assert all(name in microscale.RECIPES for name in (config.fp8 or "moss").split(","))
+
+
+def test_every_option_that_it_names_is_one():
+    known = {f.name for f in dataclasses.fields(train.Config)} | {"help"}
+    torchruns = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts", "shutdown-timeout"}
+    named = {name for text in SHELL + INLINE for name in re.findall(r"--([a-zA-Z][\w-]*)", text)}
+    assert named - known - torchruns == set()
+
+
+def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
+    monkeypatch.setattr(microscale, "RECIPES", dict(microscale.RECIPES))
+    for module in (train, __import__("model")):
+        monkeypatch.setattr(module, "RECIPES", microscale.RECIPES)
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    before = set(microscale.RECIPES)
+    exec(code, {})
+    monkeypatch.setattr(train, "sample", lambda *_: "")
+    for name in set(microscale.RECIPES) - before:
+        summary = train.train(train.parse_config(
+            f"--device cpu --fp8 {name} --data {ROOT / 'train.py'} --seq 32 --batch 4 --steps 60 --eval_batches 2 "
+            f"--eval_every 60 --out {tmp_path / name}".split()))
+        assert summary["recipe"] == name and summary["val_loss"] < 3   # letter frequencies alone give 3.28
