@@ -1030,6 +1030,7 @@ def train(config):
     scales = make_scales(model, optimizer, c)
     if c.resume:
         restore(state, model, optimizer, scales, c, say)
+        changed = f"; {state['ranks']} ranks are {ranks.world} now" if state["ranks"] != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
     requantize(model, scales, shards)
 
@@ -1054,7 +1055,7 @@ def train(config):
     if ranks.world > 1:
         say(f"ranks   {ranks.world}, each sends per step: {traffic(model, device, shards)}")
     if c.resume:
-        say(f"resumed {checkpoint} at step {step}")
+        say(f"resumed {checkpoint} at step {step}{changed}")
 
     ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
     tokens_per_step = c.accum * c.batch * c.seq
@@ -1068,7 +1069,8 @@ def train(config):
         if main:
             saver.save({"model": weights, "optimizer": moments,
                         "scales": on_cpu(scales.state_dict()) if scales else None, "step": step, "updates": updates,
-                        "skipped": skipped, "best": best, "norms": list(norms), "config": dataclasses.asdict(c),
+                        "skipped": skipped, "best": best, "norms": list(norms), "ranks": ranks.world,
+                        "config": dataclasses.asdict(c),
                         "model_config": dataclasses.asdict(model.config)})
 
     val_loss = evaluate(model, val_batches, ranks)

@@ -321,13 +321,15 @@ def test_two_processes_train_the_same_weights_as_one(two_ranks, no_sample):
         assert same(one[part], two[part]), part
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one_as_if_it_had_been_one(two_ranks, no_sample):
+def test_a_checkpoint_of_two_processes_goes_on_in_one_as_if_it_had_been_one(two_ranks, no_sample, capsys):
     folder, command = two_ranks
     more = [*command, "--steps", "5"]   # another schedule than the first three steps had, but for both the same
     run([*command, "--out", str(folder / "first")])
     run([*more, "--resume", "--out", str(folder / "first")])
     shutil.copytree(folder / "two", folder / "then")
+    assert "ranks are" not in capsys.readouterr().out
     run([*(word for word in more if word != "--shard"), "--resume", "--out", str(folder / "then")])
+    assert "at step 3; 2 ranks are 1 now\n" in capsys.readouterr().out
     assert same(checkpoint(folder / "first")["model"], checkpoint(folder / "then")["model"])
 
 
