@@ -44,6 +44,9 @@ from fp8_formats import E4M3, new_plot
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Linear, Transformer, flops_per_token
 
+if HAS_TRITON:
+    import triton
+
 
 class UserError(Exception):
     """A mistake of the user's: the message names the value, the reason and the fix. Exit code 2."""
@@ -882,6 +885,13 @@ def progress_line(record, c, seconds_left):
     return line + f"  {clock(seconds_left)} left"
 
 
+def about_run(c, ranks):
+    """What one has to know to repeat a run: options, versions, hardware."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return {"config": dataclasses.asdict(c), "hardware": f"{ranks.world} x {name}", "torch": torch.__version__,
+            "triton": triton.__version__ if HAS_TRITON else None, "python": sys.version.split()[0]}
+
+
 def json_line(record):
     """JSON knows no NaN and no Infinity: null stands for both."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -1073,6 +1083,7 @@ def train(config):
                         "config": dataclasses.asdict(c),
                         "model_config": dataclasses.asdict(model.config)})
 
+    about = about_run(c, ranks)   # stands in the first line of the log
     val_loss = evaluate(model, val_batches, ranks)
     say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
     started = last_time = time.perf_counter()
@@ -1125,7 +1136,8 @@ def train(config):
                 if evaluating or stopping:
                     save()
                 if main:
-                    log.write(json_line(record))
+                    log.write(json_line({**record, **about}))
+                    about = {}
                     for key, value in record.items() if board else ():
                         board.add_scalar(key, value, step)
                 left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)

@@ -1063,6 +1063,14 @@ def test_the_log_has_a_json_object_per_line(tiny, tmp_path, no_sample):
     assert [record["step"] for record in records if "val_loss" in record] == [3, 6]
 
 
+def test_the_first_line_of_the_log_says_what_was_run_on_what(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 none --seed 7"))
+    first, *others = read_log(tmp_path / "out")
+    assert first["config"]["seed"] == 7 and first["config"]["model"] == "nano"
+    assert first["torch"] == torch.__version__ and first["hardware"] == f"1 x {os.cpu_count()} CPU cores"
+    assert not any("config" in record for record in others)
+
+
 def test_the_summary_is_the_end_of_the_log(tiny, tmp_path, no_sample):
     summary, last = run(tiny("--fp8 none")), read_log(tmp_path / "out")[-1]
     assert summary["train_loss"] == round(last["loss"], 4)
