@@ -98,6 +98,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.name, self.recipe = name, recipe
         self.w = self.w_t = None   # FP8 copies of the weight, `quantize_weight`, one per optimizer step
+        self.accumulates = False   # whether wgrad may add to weight.grad itself, which no one then learns of (`moss`)
         self.health = None         # a dict while the health of this layer's scales is being watched
 
     def requantize(self, scale=None):
@@ -200,9 +201,14 @@ def norm_backward(dy, x, weight, kind, residual):
 
 
 def linear_backward(dy_q, x_q, layer, dtype):
-    """Quantized dY (T, N), X (T, K) of one layer -> dX (T, K), dW (N, K): dgrad and wgrad."""
+    """Quantized dY (T, N), X (T, K) of one layer -> dX (T, K), dW (N, K) or None if it was added to weight.grad.
+
+    For that wgrad reads and writes 8 bytes a weight; writing dW and adding it in a kernel of its own takes 16.
+    """
     dx = matmul(dy_q, layer.w_t, dtype, promote=True)
-    return dx, matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True)
+    grad = layer.weight.grad if layer.accumulates else None
+    dw = matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True, add=grad, out=grad)
+    return dx, dw if grad is None else None
 
 
 def rows_of(x, layer, suffix="", kind="none", norm_weight=None):

@@ -1005,9 +1005,12 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
             print(f"step {step + 1}, rank {ranks.rank}: {e}")
             tokens, fault = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device), math.nan
             targets = tokens
+        last = ranks.world > 1 and micro == mine[-1]   # its gradients have to pass where DDP or shards wait for them
+        for layer in getattr(model, "module", model).linears():
+            layer.accumulates = not last
         if shards:
-            shards.sending = micro == mine[-1]
-        with model.no_sync() if ranks.world > 1 and not shards and micro != mine[-1] else nullcontext():
+            shards.sending = last
+        with model.no_sync() if ranks.world > 1 and not shards and not last else nullcontext():
             loss = model(tokens, targets) * fault
             (loss / len(mine)).backward()     # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
