@@ -4,7 +4,8 @@ Trains a language model in FP8.
     python train.py --fp8 moss                         # any machine, no data needed: learns Python's own source text
     python train.py --fp8 none                         # the same run in BF16 (FP32 on a CPU), to compare with
     python train.py --model 1b --data tokens/          # a preset of model.py on your own data
-    torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64
+    torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64                # eight GPUs of one node
+    torchrun --nnodes 4 --nproc_per_node 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...
     python train.py --resume                           # go on from the newest checkpoint in out/
 
 Options are the fields of Config below; `--help` lists them. Runs that differ in `--fp8` alone see the same data in
