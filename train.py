@@ -129,7 +129,8 @@ def parse_config(argv=None):
     for f in dataclasses.fields(Config):
         text = f.metadata["help"] + ("" if f.default is None or f.default is False else f" (default: {f.default})")
         kind = {"action": "store_true"} if f.default is False else {"type": f.type, "metavar": f.name.upper()}
-        parser.add_argument(f"--{f.name}", default=f.default, help=text.replace("%", "%%"), **kind)
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))   # --max_skips or --max-skips
+        parser.add_argument(*names, default=f.default, help=text.replace("%", "%%"), **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -991,7 +992,7 @@ def restore(state, model, optimizer, scales, c, say):
         if state["config"]["fp8"] != c.fp8 or scales.headroom().min() < 1:
             scales.anchor()
     for name, value in state["config"].items():
-        if name not in ("resume", "device", "out", "eval_only", "sample") and getattr(c, name) != value:
+        if name not in ("resume", "device", "out") and getattr(c, name) != value:
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -1179,7 +1180,7 @@ def report(c, device):
     restore_weights(state, model)
     optimizer = make_optimizer(model, c)
     scales = make_scales(model, optimizer, c)
-    restore(state, model, optimizer, scales, c, print)
+    restore(state, model, optimizer, scales, c, lambda note: None)
     requantize(model, scales)
     if c.eval_only:
         loss = evaluate(model, batches, Ranks(0, 1, device))

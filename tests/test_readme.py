@@ -45,7 +45,7 @@ def test_every_option_that_it_names_is_one():
     known = {f.name for f in dataclasses.fields(train.Config)} | {"help"}
     torchruns = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts", "shutdown-timeout"}
     named = {name for text in SHELL + INLINE for name in re.findall(r"--([a-zA-Z][\w-]*)", text)}
-    assert named - known - torchruns == set()
+    assert {name.replace("-", "_") for name in named - torchruns} - known == set()
 
 
 def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):

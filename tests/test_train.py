@@ -733,6 +733,10 @@ def test_unknown_and_malformed_options_are_refused(options, tiny, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_options_are_spelled_with_underscores_or_dashes():
+    assert train.parse_config(["--max_skips", "3"]) == train.parse_config(["--max-skips", "3"])
+
+
 def test_micro_batches_that_ranks_cannot_share_are_refused_with_a_number_that_works():
     with pytest.raises(train.UserError, match="--accum 3 .* 2 ranks: use --accum 4"):
         train.resolve(train.Config(model="nano", accum=3), CPU, world=2)
@@ -1282,9 +1286,9 @@ def test_eval_only_reports_the_loss_that_the_run_ended_with_and_its_perplexity(t
     loss = run(tiny("--fp8 moss"))["val_loss"]
     before = sorted(p.name for p in (tmp_path / "out").iterdir())
     capsys.readouterr()
-    assert train.main(tiny("--fp8 moss --eval_only")) == 0
+    assert train.main(tiny("--fp8 moss --steps 9 --eval-only --resume")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1   # and no note that --eval_only was not there before
+    assert len(lines) == 1   # and no note that other options had other values
     assert f"step 4, validation loss {loss:.4f}, perplexity " in lines[0]
     perplexity = float(lines[0].split("perplexity ")[1].split(",")[0])
     assert perplexity == pytest.approx(math.exp(loss), rel=2e-4)   # the summary rounds the loss to 4 digits
