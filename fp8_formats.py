@@ -16,6 +16,7 @@ Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 fo
     $ python fp8_formats.py --plot errors.png   # the last table as a picture (needs matplotlib)
 """
 import argparse
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -276,8 +277,9 @@ def print_errors():
           "   rescued where it would be subnormal: to a float, power-of-two scales add range and not precision.")
 
 
-def new_plot():
-    """matplotlib's (figure, axes), gray on transparent so that a saved picture reads on light and dark pages."""
+@contextmanager
+def picture(path, **labels):
+    """matplotlib's axes, saved after the `with`: gray on transparent, so that it reads on light and dark pages."""
     try:
         import matplotlib
     except ImportError:
@@ -288,22 +290,23 @@ def new_plot():
     pyplot.rcParams.update(dict.fromkeys(gray, "#808080"))
     pyplot.rcParams.update({"legend.framealpha": 0, "savefig.transparent": True, "savefig.dpi": 150,
                             "savefig.bbox": "tight"})
-    return pyplot.subplots(figsize=(8, 4.5))
-
-
-def plot_errors(path):
-    figure, axes = new_plot()
-    for fmt in FORMATS.values():
-        errors = [relative_error(fmt, k) for k in range(36)]
-        errors = [e for e in errors if e < 1] + [1]  # stop where every value is rounded to zero
-        axes.plot(errors, marker="o", markersize=3, label=fmt.name)
-    axes.set(yscale="log", xlabel="k, for values around max · 2^-k", ylabel="RMS relative error",
-             title="Floats keep their precision until they are subnormal, integers lose a bit a binade")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    axes.set(**labels)
+    yield axes
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
-    print(f"\nwrote {path}")
+    print(f"wrote {path}")
+
+
+def plot_errors(path):
+    with picture(path, yscale="log", xlabel="k, for values around max · 2^-k", ylabel="RMS relative error",
+                 title="Floats keep their precision until they are subnormal, integers lose a bit a binade") as axes:
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+        for fmt in FORMATS.values():
+            errors = [relative_error(fmt, k) for k in range(36)]
+            errors = [e for e in errors if e < 1] + [1]  # stop where every value is rounded to zero
+            axes.plot(errors, marker="o", markersize=3, label=fmt.name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
-Scales: how a tensor becomes FP8. The five recipes, and MOSS's two-level microscaling.
+Scales: how a tensor becomes FP8. The recipes, and MOSS's two-level microscaling.
 
-    python microscale.py [--plot FILE.png]   # three tables; the picture of the first one needs matplotlib
+    python microscale.py [--plot FILE.png]   # tables; the picture of the first one needs matplotlib
 
 A quantiser stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
 that a matrix product will sum over. The recipes differ in how many elements share one scale:
@@ -40,7 +40,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, INT8, cast, floor_log2, new_plot, pow2, round_to_format
+from fp8_formats import E4M3, INT8, cast, floor_log2, picture, pow2, round_to_format
 
 try:
     import triton
@@ -61,7 +61,7 @@ class Quantized:
     """X (R, C) as `data` (R, C) in FP8 with a scale per block: X[r, c] ~ data[r, c] scale[r//br, c//bc] global_scale.
 
     `block` = (br, bc), ALL = the whole axis, a last block may be ragged. `scale` is (ceil(R/br), ceil(C/bc)),
-    float32, or float8_e8m0fnu (one byte) where the recipe stores powers of two. `global_scale`, float32,
+    float32, or float8_e8m0fnu (one byte) for small blocks under powers of two. `global_scale`, float32,
     (), (1, 1) or (R, 1), is the first of MOSS's two levels and None elsewhere.
     """
     data: torch.Tensor
@@ -70,9 +70,10 @@ class Quantized:
     global_scale: torch.Tensor = None
 
     def dequantize(self, dtype=torch.float32):
-        """X as (R, C) in `dtype`. Exact in bfloat16 where all scales are powers of two."""
-        x = self.data.to(dtype) * expand_blocks(self.scale.float(), self.data.shape, self.block).to(dtype)
-        return x if self.global_scale is None else x * self.global_scale.to(dtype)
+        """X as (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
+        wide = dtype if self.scale.dtype == torch.float8_e8m0fnu and self.global_scale is None else torch.float32
+        x = self.data.to(wide) * expand_blocks(self.scale.float(), self.data.shape, self.block).to(wide)
+        return (x if self.global_scale is None else x * self.global_scale).to(dtype)
 
 
 def expand_blocks(scale, shape, block):
@@ -120,7 +121,8 @@ def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`.
 
     C is the axis that will be summed over. For another axis, of length n, pass x.movedim(axis, -1).reshape(-1, n).
-    x is multiplied by 1 / scale, rounded once per block: on a GPU a quotient per value takes longer than reading it.
+    x is multiplied by 1 / scale, which is rounded once per block: on a GPU, dividing every value takes longer than
+    loading it.
     """
     if scale is None:
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
@@ -157,7 +159,10 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
 
 
 def fold(q, fmt=E4M3):
-    """Two-level Quantized -> one power-of-two scale per row. Exact while the folded number is normal."""
+    """Two-level Quantized -> one power-of-two scale per row. Exact while the folded number is normal.
+
+    No recipe calls it: rounding under the row's scale gives the same numbers in one step.
+    """
     ss = q.scale.float()
     row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
     data = to_grid(q.data.float() * expand_blocks(ss / row, q.data.shape, q.block), fmt)
@@ -269,7 +274,10 @@ def kernels_take(x):
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores."""
+    """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores.
+
+    Blocks of 128 x 128, of which there are only weights, are left to PyTorch.
+    """
     if scale is None and block == (ALL, ALL):
         scale = measured_scale(x, fmt, rule)
     if kernels_take(x):
@@ -294,7 +302,7 @@ def measured_scale(x, fmt, rule="fp32"):
 
 
 def norm_rows(x, kind, weight=None, fmt=E4M3):
-    """x (R, C), weight (C) of "rms" -> Quantized, as `norm_rows_reference`. Else ValueError."""
+    """x (R, C); weight (C) or None, for "rms" -> Quantized, as `norm_rows_reference`. ValueError for another kind."""
     if kind not in NORMS:
         raise ValueError(f"norm {kind!r} is unknown: choose one of {', '.join(NORMS)}")
     if weight is not None and weight.shape != x.shape[1:]:
@@ -306,19 +314,14 @@ def norm_rows(x, kind, weight=None, fmt=E4M3):
 
 def swiglu_rows(h):
     """h (R, 2 F) -> Quantized a = swiglu(h) (R, F) and h (R, 2 F), as `swiglu_rows_reference`."""
-    if kernels_take(h) and h.shape[1] <= MAX_COLUMNS:
-        return swiglu_rows_triton(h)
-    return swiglu_rows_reference(h)
+    return swiglu_rows_triton(h) if kernels_take(h) else swiglu_rows_reference(h)
 
 
 def swiglu_backward(h, da):
     """Quantized h (R, 2 F), da (R, F) -> Quantized gradient of h, as the reference. ValueError for other shapes."""
     if h.data.shape != (da.shape[0], 2 * da.shape[1]):
-        raise ValueError(f"h {tuple(h.data.shape)} must be twice as wide as da {tuple(da.shape)}: gate and up side by "
-                         f"side")
-    if kernels_take(h.data) and h.data.shape[1] <= MAX_COLUMNS:
-        return swiglu_backward_triton(h, da)
-    return swiglu_backward_reference(h, da)
+        raise ValueError(f"h {tuple(h.data.shape)} must be twice as wide as da {tuple(da.shape)}: [gate, up]")
+    return swiglu_backward_triton(h, da) if kernels_take(h.data) else swiglu_backward_reference(h, da)
 
 
 def rope_(x, cos, sin):
@@ -353,7 +356,7 @@ def power_of_two_from(n):
 
 
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
-MAX_ELEMENTS = 2**31  # more than these are left to PyTorch
+MAX_ELEMENTS = 2**31  # from here on offsets do not fit into the 32-bit integers that kernels compute with
 
 if HAS_TRITON:
     # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
@@ -540,11 +543,11 @@ if HAS_TRITON:
             store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F)
 
     def swiglu_rows_triton(h):
-        R, F = h.shape[0], h.shape[1] // 2
-        a_q, h_q = (torch.empty(R, n, device=h.device, dtype=E4M3.dtype) for n in (F, 2 * F))
+        R, ffn = h.shape[0], h.shape[1] // 2
+        a_q, h_q = (torch.empty(R, n, device=h.device, dtype=E4M3.dtype) for n in (ffn, 2 * ffn))
         a_scale, h_scale = (torch.empty(R, 1, device=h.device) for _ in range(2))
-        block = min(power_of_two_from(F), 4096)
-        _swiglu_kernel[(R,)](h.contiguous(), a_q, a_scale, h_q, h_scale, F, BLOCK=block, num_warps=8)
+        block = min(power_of_two_from(ffn), 4096)
+        _swiglu_kernel[(R,)](h.contiguous(), a_q, a_scale, h_q, h_scale, ffn, BLOCK=block, num_warps=8)
         return Quantized(a_q, a_scale, (1, ALL)), Quantized(h_q, h_scale, (1, ALL))
 
     @triton.jit
@@ -574,11 +577,11 @@ if HAS_TRITON:
             store_row(q_ptr + F, d_up * inverse, r, c, F, 2 * F)
 
     def swiglu_backward_triton(h, da):
-        R, F = da.shape
-        q = torch.empty(R, 2 * F, device=da.device, dtype=E4M3.dtype)
+        R, ffn = da.shape
+        q = torch.empty(R, 2 * ffn, device=da.device, dtype=E4M3.dtype)
         scale = torch.empty(R, 1, device=da.device)
-        block = min(power_of_two_from(F), 4096)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale, da.contiguous(), q, scale, F, BLOCK=block,
+        block = min(power_of_two_from(ffn), 4096)
+        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale, da.contiguous(), q, scale, ffn, BLOCK=block,
                                       num_warps=8)
         return Quantized(q, scale, (1, ALL))
 
@@ -602,7 +605,7 @@ if HAS_TRITON:
         r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
         inside = (r < R)[:, None] & (pair < pairs)[None, :]
-        row = (r // T).to(tl.int64) * stride_b + r % T * stride_t
+        row = (r // T).to(tl.int64) * stride_b + (r % T).to(tl.int64) * stride_t
         a, b, at = rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, r % T, stride_h, HALF, False)
         tl.store(x_ptr + at, a.to(x_ptr.dtype.element_ty), mask=inside)
         tl.store(x_ptr + at + HALF, b.to(x_ptr.dtype.element_ty), mask=inside)
@@ -620,7 +623,7 @@ if HAS_TRITON:
                               ROWS: tl.constexpr, PAIRS: tl.constexpr, KV_PAIRS: tl.constexpr):
         """`rope_backward_reference`: three tensors of any strides (b, t, h) become the rows of one."""
         r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)
-        b, t = (r // T).to(tl.int64), r % T
+        b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
         j, i = tl.arange(0, PAIRS), tl.arange(0, KV_PAIRS)
         of_q, of_k = (j < pairs)[None, :], (i < kv_pairs)[None, :]
         q0, q1, _ = rotate(dq_ptr, b * dq_b + t * dq_t, j, of_q, cos_ptr, sin_ptr, t, dq_h, HALF, True)
@@ -686,9 +689,9 @@ if HAS_TRITON:
 class Recipe:
     """How the linear layers of a model quantise. `current`, `predicted`: see autoscale.py."""
     name: str
-    act_block: tuple          # block of activations and gradients, (rows, along the contraction)
+    act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
     weight_block: tuple
-    rule: str                 # of activations and gradients
+    rule: str                 # of activations and gradients, and of weights with weight_scale "block"
     weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
     grad_format: str = "e4m3"
 
@@ -708,11 +711,11 @@ RECIPES = {
 def quantize_weight(weight, recipe, scale=None):
     """W (N, K) -> FP8 W for fprop, which sums over K, and FP8 W^T (K, N) for dgrad, which sums over N.
 
-    One scale per tensor or per square block serves both; E8M0 blocks of 1 x 32 lie along the sum, so `mx`
-    rounds W once for each. `scale` (1, 1) comes from autoscale.py for the recipes that scale per tensor.
+    One scale per tensor or per square block serves both; blocks of 1 x 32 lie along the sum, so `mx` rounds W
+    once for each. `scale` (1, 1) comes from autoscale.py for the recipes that scale per tensor.
     """
     w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
-    if recipe.weight_block == (1, 32):
+    if recipe.weight_block[0] != recipe.weight_block[1]:
         return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
     return w, Quantized(transpose(w.data), w.scale.t().contiguous(), w.block)
 
@@ -747,8 +750,7 @@ def transformer_layer(x, linear, heads=4):
     q, k, v = linear["qkv"](F.rms_norm(x, x.shape[-1:])).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, T, d / heads)
     x = x + linear["out"](attention.transpose(1, 2).flatten(2))
-    gate, up = linear["gate_up"](F.rms_norm(x, x.shape[-1:])).chunk(2, dim=-1)
-    return x + linear["down"](F.silu(gate) * up)
+    return x + linear["down"](swiglu(linear["gate_up"](F.rms_norm(x, x.shape[-1:]))))
 
 
 def real_data(steps=120, batch=4, T=64, d=256):
@@ -808,17 +810,14 @@ Folding changes values of about 2^-14 of their row's maximum or less, few but in
 
 
 def plot_sqnr(data, path):
-    figure, axes = new_plot()
-    for i, name in enumerate(("tensor", "group", "mx", "moss")):
-        pairs = [(x, QUANTISERS[name](x).dequantize()) for x in data.values()]
-        bars = torch.arange(len(data)) + 0.2 * i - 0.3
-        axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
-        axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
-    axes.set(xticks=range(len(data)), xticklabels=[name.replace(" of ", "\n") for name in data], ylim=(20, 38),
-             ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32")
-    axes.legend(ncols=4)
-    figure.savefig(path)
-    print(f"wrote {path}")
+    names = [name.replace(" of ", "\n") for name in data]
+    with picture(path, xticks=range(len(data)), xticklabels=names, ylim=(20, 38),
+                 ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32") as axes:
+        for i, name in enumerate(("tensor", "group", "mx", "moss")):
+            pairs = [(x, QUANTISERS[name](x).dequantize()) for x in data.values()]
+            bars = torch.arange(len(data)) + 0.2 * i - 0.3
+            axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
+            axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
 
 
 def show_bandwidth(T=16384, d=4096, ffn=11008):

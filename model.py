@@ -82,7 +82,7 @@ PRESETS = {
 
 WATCHED = 256   # rows of X and dY that the log's shares are counted in
 
-# What is not ours is as fast as torch.compile makes it. torch.compiler.set_stance("force_eager") switches that off.
+# What has no kernel of ours is left to torch.compile. torch.compiler.set_stance("force_eager") switches that off.
 compiled = partial(torch.compile, dynamic=False) if torch.cuda.is_available() else lambda function: function
 
 
@@ -98,7 +98,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.name, self.recipe = name, recipe
         self.w = self.w_t = None   # FP8 copies of the weight, `quantize_weight`, one per optimizer step
-        self.accumulates = False   # whether wgrad may add to weight.grad itself, which no one then learns of (`moss`)
+        self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
         self.health = None         # a dict while the health of this layer's scales is being watched
 
     def requantize(self, scale=None):
@@ -117,14 +117,14 @@ class Linear(nn.Module):
         return y
 
     def watch(self, x, suffix, make=lambda rows: rows):
-        """Records which shares of the first rows of X or dY, made of x, are cut off at the top, changed by folding."""
+        """Of the first rows of X or dY, make(x), records the share that saturates and the one that folding changes."""
         if self.health is None:
             return
         x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
         fmt = FORMATS[self.recipe.grad_format] if suffix else E4M3
         x_q = quantize(x, fmt, self.recipe.act_block, self.recipe.rule)
         self.health["saturated" + suffix] = saturated_share(x, x_q, fmt)
-        if self.recipe.name == "moss":
+        if self.recipe.act_block == (1, ALL):
             self.health["folded" + suffix] = fold_loss(x, fmt)[0]
 
     def extra_repr(self):
@@ -186,7 +186,7 @@ def norm_backward(dy, x, weight, kind, residual):
 
         x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
 
-    RMSNorm knows no means but the last one.
+    RMSNorm subtracts no mean: there mean and mean(g) are 0.
     """
     centred = kind == "layer"
     x, g = x.float(), dy.float()
@@ -385,7 +385,7 @@ class Transformer(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab); with targets (B, T) -> the mean cross-entropy in nats.
 
     recompute  what is made again in the backward pass instead of being kept: "none"; "act", of `moss` the FP8 inputs
-               of linear layers, from the BF16 that is kept of norms, SwiGLU and attention anyway; "block", all but x
+               of qkv, out and gate_up, from what norms and attention keep in BF16 anyway; "block", all but x
     """
 
     def __init__(self, config, fp8="none", recompute="none"):
@@ -416,7 +416,7 @@ class Transformer(nn.Module):
             nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.layers) ** 0.5 if writes_residual else 0.02)
 
     def linears(self):
-        """The layers that the recipe quantises, in the order of the forward pass."""
+        """The linear layers of the blocks, which the recipe quantises, in the order of the forward pass."""
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None, caches=None):

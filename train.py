@@ -41,7 +41,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
-from fp8_formats import E4M3, new_plot
+from fp8_formats import E4M3, picture
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Linear, Transformer, flops_per_token
 
@@ -134,9 +134,8 @@ def parse_config(argv=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
-def resolve(config, device, world):
+def resolve(c, device, world):
     """Fills in the defaults that depend on preset, device and number of ranks; refuses what cannot work."""
-    c = config
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     for fp8 in c.fp8.split(",") if c.bench else [c.fp8]:
@@ -316,7 +315,7 @@ def shuffled(number, n, rng):
     A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone whatever
     f does, so no two numbers meet. One that lands at n or above is sent through again until it lands below.
     """
-    bits = max(n - 1, 1).bit_length() + 1 >> 1
+    bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     keys = rng.integers(1 << 62, size=4).tolist()
     while True:
         for key in keys:
@@ -387,10 +386,6 @@ class Ranks:
     world: int
     device: torch.device
 
-    @property
-    def main(self):
-        return self.rank == 0
-
 
 def start_ranks(device):
     """The device of this process; joins the others if torchrun started it."""
@@ -409,14 +404,37 @@ def start_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # torchrun keeps its store when it restarts the ranks: without a prefix they find the addresses of the dead
-        store, rank, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=device if device.type == "cuda" else None)
+        try:
+            store, rank, world = next(rendezvous("env://"))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                    store=dist.PrefixStore(name_of_start(store, rank, world), store),
+                                    device_id=device if device.type == "cuda" else None)
+        except (ValueError, dist.DistError) as e:
+            raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give each "
+                           f"job a --master_port or --rdzv_endpoint of its own") from None
     if dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size(), device)
     return Ranks(0, 1, device)
+
+
+def name_of_start(store, rank, world):
+    """A name that all ranks have in common, and that no earlier start of theirs had.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of the dead in it, and counts restarts node
+    by node. So each rank leaves a number of its own, and rank 0 answers it with the name, until all have heard it.
+    """
+    mine = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"rank {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.add(f"{name} heard", 1)
+        return name
+    while store.add(f"{mine} heard", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"rank {other}"]):
+                store.set(f"answer to {store.get(f'rank {other}').decode()}", mine)
+        time.sleep(0.05)
+    return mine
 
 
 def all_sum(tensor):
@@ -426,7 +444,7 @@ def all_sum(tensor):
 
 
 # Dense BF16 peak in TFLOP/s by the vendors' data sheets, found by a part of the device's name, first match wins.
-BF16_PEAK = {"B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
              "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
 
 
@@ -654,17 +672,16 @@ def make_model(c, device, vocab=None):
 
 def make_optimizer(model, c, shards=None):
     """AdamW in the same groups under every recipe: quantised weights, other matrices, and norms without decay."""
-    layers = [layer for layer in model.linears() if shards is None or shards.mine(layer.weight)]
-    quantised = [layer.weight for layer in layers]
-    others = [p for p in model.parameters() if p not in {layer.weight for layer in model.linears()}]
-    others = [p for p in others if shards is None or shards.mine(p)]
-    groups = [{"params": quantised, "weight_decay": c.weight_decay},
-              {"params": [p for p in others if p.dim() >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    layers = {layer.weight: layer for layer in model.linears()}
+    kinds = [], [], []   # quantised weights, other matrices, norms
+    for p in model.parameters():
+        if shards is None or shards.mine(p):
+            kinds[0 if p in layers else 1 if p.dim() >= 2 else 2].append(p)
+    groups = [{"params": params, "weight_decay": decay}
+              for params, decay in zip(kinds, (c.weight_decay, c.weight_decay, 0.0)) if params]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe and model.recipe.weight_scale == "predicted":
-        return FP8AdamW(groups, layers, **options)
+        return FP8AdamW(groups, [layers[p] for p in kinds[0]], **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -680,13 +697,13 @@ def make_scales(model, optimizer, c):
     return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
 
 
-def requantize(model, scales, shards=None):
-    """New FP8 copies of all weights."""
+def requantize(model, scales, shards=None, measured=True):
+    """New FP8 copies of all weights. measured: with shards, the owners tell the others their scales."""
     for i, layer in enumerate(model.linears()):
         if shards is None or shards.mine(layer.weight):
             layer.requantize(None if scales is None else scales.scale[i])
     if shards:
-        shards.share(scales)
+        shards.share(scales, measured)
 
 
 class Shards:
@@ -739,7 +756,7 @@ class Shards:
         norms = [torch.linalg.vector_norm(p.grad) if self.mine(p) else zero for p in self.parameters]
         return torch.linalg.vector_norm(all_sum(torch.stack(norms)))
 
-    def share(self, scales, measured=True):
+    def share(self, scales, measured):
         """Sends what the owners have to all ranks, after a step or at the start."""
         if measured:   # what a rank does not own looks like zeros to it
             dist.all_reduce(scales.scale, dist.ReduceOp.MAX)
@@ -797,7 +814,7 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     if scales and not predicted:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     if not predicted or not optimizer.layers:
-        requantize(model, scales, shards)
+        requantize(model, scales, shards, measured=not predicted)
     elif shards:
         shards.share(scales, measured=False)
 
@@ -1022,11 +1039,13 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
 def train(config):
     """The whole run; returns its summary as a dict, or None if a signal ended it."""
     ranks = start_ranks(config.device)
-    device, main = ranks.device, ranks.main
+    device, main = ranks.device, ranks.rank == 0
     say = print if main else lambda *_: None
     c = resolve(config, device, ranks.world)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(Path(c.out)):
-        c.resume = True   # torchrun --max-restarts started this again after a rank had died
+    # torchrun --max-restarts started this again after a rank had died; it counts restarts node by node
+    restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device))
+    if restarts > 0 and checkpoints(Path(c.out)):
+        c.resume = True
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
     norms = deque(maxlen=100)                # of the gradients of the last steps taken
@@ -1045,7 +1064,8 @@ def train(config):
     scales = make_scales(model, optimizer, c)
     if c.resume:
         restore(state, model, optimizer, scales, c, say)
-        changed = f"; {state['ranks']} ranks are {ranks.world} now" if state["ranks"] != ranks.world else ""
+        before = state.get("ranks", ranks.world)
+        changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
     requantize(model, scales, shards)
 
@@ -1192,19 +1212,15 @@ def report(c, device):
 
 def plot_runs(folders, path):
     """Training losses as lines, validation losses as dots, of the runs in these folders."""
-    figure, axes = new_plot()
-    for folder in folders:
-        try:
-            records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as e:
-            raise UserError(f"--plot: {folder} has no log to draw ({e}): give folders of runs as --out a,b") from None
-        line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name, lw=1)
-        evaluated = [r for r in records if "val_loss" in r]
-        axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=line.get_color())
-    axes.set(xlabel="step", ylabel="loss in nats per token; dots: validation")
-    axes.legend()
-    figure.savefig(path)
-    print(f"wrote {path}")
+    with picture(path, xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
+        for folder in folders:
+            try:
+                records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            except (OSError, ValueError) as e:
+                raise UserError(f"--plot: {folder} has no log to draw ({e}): give folders as --out a,b") from None
+            line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name, lw=1)
+            evaluated = [r for r in records if "val_loss" in r]
+            axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=line.get_color())
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -713,6 +713,19 @@ def test_both_fp8_copies_of_a_weight_stand_for_the_same_weight(name):
         assert torch.equal(a.dequantize(), b.dequantize().t())
 
 
+def test_weight_blocks_that_lie_along_the_sum_are_made_for_each_sum():
+    w, recipe = random_rows(96, 256), ms.Recipe("mine", (1, 128), (1, 128), "fp32", "block")
+    a, b = ms.quantize_weight(w, recipe)
+    assert a.block == b.block == (1, 128) and b.data.shape == (256, 96)
+    assert ms.sqnr(w, a.dequantize()) > 25 and ms.sqnr(w.t(), b.dequantize()) > 25
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])
+def test_what_is_dequantised_in_bfloat16_is_rounded_once(name):
+    q = ms.QUANTISERS[name](random_rows(33, 160))
+    assert torch.equal(q.dequantize(torch.bfloat16), q.dequantize().bfloat16())
+
+
 def test_what_does_not_fit_together_is_refused_with_its_shape():
     x = torch.ones(4, 48)
     with pytest.raises(ValueError, match="'relu' is unknown: choose one of none, rms, layer$"):

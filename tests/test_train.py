@@ -348,18 +348,22 @@ def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("nodes, victim", [(1, 0), (1, 1), (2, 1)])
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
-        victim, tmp_path, no_sample):
+        nodes, victim, tmp_path, no_sample):
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "killed.py").write_text(f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
+open({str(tmp_path / "starts")!r}, "a").write(".")
 real = train.forward_backward
 def killed(model, batches, step, c, ranks, shards=None):
-    if (step, ranks.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (6, {victim}, "0"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if step == 6 and not os.path.exists({str(tmp_path / "once")!r} + str(ranks.rank)):
+        open({str(tmp_path / "once")!r} + str(ranks.rank), "w").close()
+        if ranks.rank == {victim}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep({2 * (nodes - 1)})   # the other node learns of it from torchrun, and does not count a restart
     return real(model, batches, step, c, ranks, shards)
 train.forward_backward = killed
 code = train.main(sys.argv[1:])
@@ -368,14 +372,38 @@ train.dist.destroy_process_group()
 sys.exit(code)
 """)
     command = [*TINY, *"--fp8 moss --accum 2 --steps 8 --eval_batches 2".split(), "--data", str(tmp_path / "text.txt")]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts",
-                           "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-                           str(tmp_path / "killed.py"), *command, "--out", str(tmp_path / "out")],
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search("resumed .* at step [246]\n", done.stdout)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node",
+                str(2 // nodes), "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "test",
+                "--rdzv_endpoint", f"localhost:{free_port()}", str(tmp_path / "killed.py"), *command]
+    agents = [subprocess.Popen([*torchrun, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+              for _ in range(nodes)]
+    printed = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0] * nodes, printed
+    assert len(re.findall("resumed .* at step [246]\n", printed)) == 1, printed
+    assert (tmp_path / "starts").read_text() == "...."   # two ranks, and both once more: the first attempt went well
+    assert not (tmp_path / "out.1").exists()
     run([*command, "--out", str(tmp_path / "whole")])
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
+
+
+def test_sharded_ranks_exchange_scales_at_true_rescales_only_whatever_they_own(tiny):
+    c = config(fp8="moss", rescale_interval=2)
+    model = train.make_model(c, CPU)
+    optimizer = train.make_optimizer(model, c)
+    scales, exchanged = train.make_scales(model, optimizer, c), []
+    shards = SimpleNamespace(mine=lambda p: True, share=lambda scales, measured: exchanged.append(measured))
+    train.requantize(model, scales, shards)
+    for update in (1, 2, 3, 4):   # the optimizer of this CPU has no layers, like that of a rank that owns none
+        train.update_weights(optimizer, model, scales, 1e-3, update, c, shards)
+    assert exchanged == [True, False, True, False, True]
+
+
+def test_ranks_that_cannot_meet_say_so_in_one_line(tiny):
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}   # and no MASTER_ADDR
+    done = subprocess.run([sys.executable, "train.py", *tiny()], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "the ranks cannot meet" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_rank_whose_peer_died_says_so_in_one_line(monkeypatch, capsys):
