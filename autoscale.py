@@ -222,14 +222,15 @@ class FP8AdamW(torch.optim.AdamW):
     """torch.optim.AdamW that, on a GPU with FP8 tensor cores, also writes the FP8 copies of some weights.
 
     Because the scale of the new weight is known before the new weight is, one pass over memory does it all: read
-    p, g, m, v; write p, m, v, and W and W^T in FP8: 30 bytes per parameter. A scale that has to be measured needs
-    the finished weight first, and so a second pass to find it and a third to quantise, 10 bytes more.
+    p, g, m, v; write p, m, v, and W and W^T in FP8: 30 bytes per parameter. A scale that has to be measured takes
+    38: the finished weight is read again to find it, and once more to quantise.
 
     groups   of parameters, as for AdamW; weights of layers share no group with others
     layers   objects with `weight` (N, K) FP32 and its FP8 copies `w` (N, K) and `w_t` (K, N), Quantized, whose scale
              is a view of WeightScales.scale; that has to hold the scale of the new weights when step() is called
 
-    State and results are those of AdamW (to rounding). Elsewhere it is AdamW alone and writes no copies.
+    State and results are those of AdamW (to rounding; options are lr, betas, eps, weight_decay and fused). Elsewhere it
+    is AdamW alone and writes no copies.
     """
 
     def __init__(self, groups, layers, **options):

@@ -477,13 +477,13 @@ def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     --shard) a rank keeps its share of the moments and of the quantised layers' FP32 weights. `copies` are what the
     matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
 
-        in BF16                        block input d, q, k and v d + 2 kv, attention output d, input of the second
-                                       half d; in all but `moss` also q and k before RoPE d + kv, gate and up 2 ffn and
-                                       silu(gate) ffn
-        inputs of the linear layers    d, d, d, ffn: in FP8, or in BF16 (the third is the attention output, kept
-                                       anyway); in `moss` only the last with recompute = "act", and gate and up 2 ffn
-        with recompute = "block"       of all these the block inputs alone, and one block at a time
-        per token, once                final norm's input and output 2 d, gradient of the logits vocab
+        all, in BF16               block input d; q, k and v d + 2 kv; attention output d; input of the second half d
+        but for moss, in BF16      q and k before RoPE d + kv; gate and up 2 ffn; silu(gate) ffn
+        moss, in FP8               gate and up 2 ffn
+        inputs of linear layers    qkv d, out d, gate_up d, down ffn: in FP8, or in BF16 (that of out is the attention
+                                   output, kept anyway); of moss with recompute = "act" the last alone
+        with recompute = "block"   of all these the block inputs alone, and one block at a time
+        per token, once            final norm's input and output 2 d, gradient of the logits vocab
     """
     linear, total = parameter_count(c)
     recipe = RECIPES[fp8]
