@@ -40,7 +40,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, INT8, cast, floor_log2, picture, pow2, round_to_format
+from fp8_formats import E4M3, INT8, cast, floor_log2, picture, pow2, round_to_format, uncast
 
 try:
     import triton
@@ -71,8 +71,10 @@ class Quantized:
 
     def dequantize(self, dtype=torch.float32):
         """X as (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
-        wide = dtype if self.scale.dtype == torch.float8_e8m0fnu and self.global_scale is None else torch.float32
-        x = self.data.to(wide) * expand_blocks(self.scale.float(), self.data.shape, self.block).to(wide)
+        scale = expand_blocks(self.scale.float(), self.data.shape, self.block)
+        if dtype == torch.bfloat16 and self.scale.dtype == torch.float8_e8m0fnu and self.global_scale is None:
+            return self.data.to(dtype) * scale.to(dtype)
+        x = uncast(self.data) * scale
         return (x if self.global_scale is None else x * self.global_scale).to(dtype)
 
 
@@ -191,7 +193,7 @@ def transpose_reference(q, row_factor=None, fmt=E4M3):
     the result is normal; below, it is rounded to nearest even, once.
     """
     if row_factor is not None:
-        q = cast(q.float() * row_factor, fmt)
+        q = cast(uncast(q) * row_factor, fmt)
     return q.t().contiguous()
 
 

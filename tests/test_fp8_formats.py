@@ -12,7 +12,7 @@ import torch
 
 import fp8_formats
 from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
-from fp8_formats import cast, decode, encode, floor_log2, grid, pow2, round_to_format
+from fp8_formats import cast, decode, encode, floor_log2, grid, pow2, round_to_format, uncast
 
 ALL = list(fp8_formats.FORMATS.values())
 FP8 = [E4M3, E5M2]
@@ -480,3 +480,13 @@ def test_plot_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         fp8_formats.plot_errors("unused.png")
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
+def test_uncast_gives_the_bits_that_torch_gives_for_every_code_in_any_layout(fmt):
+    q = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).view(16, 16)
+    for codes in (q, q.t(), q[3:, ::2], q[:0]):
+        mine, theirs = uncast(codes), codes.float()
+        assert mine.shape == theirs.shape and mine.dtype == torch.float32
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert torch.equal(mine.nan_to_num(0).view(torch.int32), theirs.nan_to_num(0).view(torch.int32))
