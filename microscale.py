@@ -167,7 +167,7 @@ def fold(q, fmt=E4M3):
     """
     ss = q.scale.float()
     row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
-    data = to_grid(q.data.float() * expand_blocks(ss / row, q.data.shape, q.block), fmt)
+    data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), fmt)
     return Quantized(data, row, (1, ALL), q.global_scale)
 
 
@@ -348,7 +348,7 @@ def transpose(q, row_factor=None, fmt=E4M3):
     return transpose_reference(q, row_factor, fmt)
 
 
-def cdiv(a, b):
+def cdiv(a, b):   # Triton's own cost the host microseconds at every launch; so does its next_power_of_2
     return -(-a // b)
 
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, fold_loss, norm_rows, qkv_gradient, quantize,
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, cdiv, fold_loss, norm_rows, qkv_gradient, quantize,
                         quantize_weight, rope, rope_, rope_backward, saturated_share, swiglu, swiglu_backward,
                         swiglu_gradient, swiglu_rows)
 
@@ -243,8 +243,7 @@ class NormQKV(torch.autograd.Function):
         rows = x.flatten(0, 1)
         x_q = Quantized(*kept, (1, ALL)) if kept else rows_of(rows, layer, "", ctx.kind, norm_weight)
         if layer.health is not None:
-            sequences = -(-WATCHED // x.shape[1])
-            first = (z[:sequences, :WATCHED] for z in (dq, dk, dv))
+            first = (z[:cdiv(WATCHED, x.shape[1]), :WATCHED] for z in (dq, dk, dv))
             layer.watch(qkv_gradient(*first, cos[:WATCHED], sin[:WATCHED]), "_grad")
         dx, dw = linear_backward(rope_backward(dq, dk, dv, cos, sin), x_q, layer, x.dtype)
         dx, d_norm = norm_backward(dx, rows, norm_weight, ctx.kind, residual.flatten(0, 1))

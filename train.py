@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, picture
-from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
+from microscale import ALL, HAS_TRITON, RECIPES, Quantized, cdiv, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Linear, Transformer, flops_per_token
 
 if HAS_TRITON:
@@ -176,7 +176,7 @@ def resolve(c, device, world):
                         f"give a folder of its own")
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
-                        f"use --accum {-(-c.accum // world) * world}")
+                        f"use --accum {cdiv(c.accum, world) * world}")
     if c.shard and c.fp8 != "moss":
         raise UserError(f"--shard needs --fp8 moss, not {c.fp8}: without a prediction a rank has to see all weights")
     if c.fp8 != "none" and c.batch * c.seq % 16:
@@ -697,13 +697,11 @@ def make_scales(model, optimizer, c):
     return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
 
 
-def requantize(model, scales, shards=None, measured=True):
-    """New FP8 copies of all weights. measured: with shards, the owners tell the others their scales."""
+def requantize(model, scales, shards=None):
+    """New FP8 copies of all weights; with shards, of those that this rank owns."""
     for i, layer in enumerate(model.linears()):
         if shards is None or shards.mine(layer.weight):
             layer.requantize(None if scales is None else scales.scale[i])
-    if shards:
-        shards.share(scales, measured)
 
 
 class Shards:
@@ -814,9 +812,9 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     if scales and not predicted:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     if not predicted or not optimizer.layers:
-        requantize(model, scales, shards, measured=not predicted)
-    elif shards:
-        shards.share(scales, measured=False)
+        requantize(model, scales, shards)
+    if shards:
+        shards.share(scales, measured=not predicted)
 
 
 @torch.no_grad()
@@ -1017,6 +1015,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
     """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss."""
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
+    layers = getattr(model, "module", model).linears()
     for micro in mine:
         try:
             (tokens, targets), fault = batches.step(step, micro, ranks.device), 1.0
@@ -1025,7 +1024,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
             tokens, fault = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device), math.nan
             targets = tokens
         last = ranks.world > 1 and micro == mine[-1]   # its gradients have to pass where DDP or shards wait for them
-        for layer in getattr(model, "module", model).linears():
+        for layer in layers:
             layer.accumulates = not last
         if shards:
             shards.sending = last
@@ -1068,6 +1067,8 @@ def train(config):
         changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
     requantize(model, scales, shards)
+    if shards:
+        shards.share(scales, measured=True)
 
     # From here on files are written.
     if main:

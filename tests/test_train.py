@@ -394,6 +394,7 @@ def test_sharded_ranks_exchange_scales_at_true_rescales_only_whatever_they_own(t
     scales, exchanged = train.make_scales(model, optimizer, c), []
     shards = SimpleNamespace(mine=lambda p: True, share=lambda scales, measured: exchanged.append(measured))
     train.requantize(model, scales, shards)
+    shards.share(scales, measured=True)   # at the start, as `train` does
     for update in (1, 2, 3, 4):   # the optimizer of this CPU has no layers, like that of a rank that owns none
         train.update_weights(optimizer, model, scales, 1e-3, update, c, shards)
     assert exchanged == [True, False, True, False, True]
