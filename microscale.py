@@ -237,8 +237,16 @@ def swiglu_rows_reference(h):
 
 
 def swiglu_backward_reference(h, da):
-    """Quantized h (R, 2 F), da (R, F) -> Quantized `swiglu_gradient`."""
-    return quantize_reference(swiglu_gradient(h.dequantize(), da), E4M3, (1, ALL), "up")
+    """Quantized h (R, 2 F), da (R, F) -> Quantized `swiglu_gradient`.
+
+    The scale is that of a bound: |d gate| <= 1.1 |da up|, for no slope of silu is steeper, and |d up| <= |da gate|. So
+    it is known before a sigmoid is taken. Next to the scale of the maximum it is mostly the same, else twice that or
+    four times: less range at the lower end, and the same precision above it.
+    """
+    gate, up = h.dequantize().chunk(2, dim=1)
+    bound = (da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs())).amax(dim=1, keepdim=True)
+    scale = scale_from_amax(bound, E4M3, "up")
+    return quantize_reference(swiglu_gradient(h.dequantize(), da), E4M3, (1, ALL), "up", scale)
 
 
 def rope(x, cos, sin):
@@ -553,30 +561,32 @@ if HAS_TRITON:
         return Quantized(a_q, a_scale, (1, ALL)), Quantized(h_q, h_scale, (1, ALL))
 
     @triton.jit
-    def swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F):
-        gate, up = load_halves(h_ptr, r, c, F)
-        gate, up = gate * h_scale, up * h_scale
-        da, sigma = load_row(da_ptr, r, c, F, F, 1), sigmoid(gate)
-        silu = gate * sigma
-        return da * up * (sigma + silu * (1 - sigma)), da * silu
-
-    @triton.jit
     def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
-        """`swiglu_backward_reference` of one row, read twice."""
+        """`swiglu_backward_reference` of one row, read twice: once for the bound, and then for the gradient.
+
+        With the maximum itself in place of the bound every gradient is computed twice, and computing takes longer than
+        memory: 427 us on an H100, and 378 us this way.
+        """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         h_scale = tl.load(h_scale_ptr + r[:, None])
-        amax = tl.zeros((1, BLOCK), tl.int32)
+        bound = tl.zeros((1, BLOCK), tl.float32)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
-            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F)
-            amax = tl.maximum(amax, tl.maximum(magnitude(d_gate), magnitude(d_up)))
-        scale, inverse = scale_of(tl.max(amax, axis=1)[:, None], "up")
+            gate, up = load_halves(h_ptr, r, c, F)
+            da = load_row(da_ptr, r, c, F, F, 1)
+            larger = tl.maximum(tl.abs(gate), 1.1 * tl.abs(up), propagate_nan=tl.PropagateNan.ALL)
+            bound = tl.maximum(bound, tl.abs(da) * larger, propagate_nan=tl.PropagateNan.ALL)
+        bound = tl.max(magnitude(bound), axis=1)[:, None].to(tl.float32, bitcast=True) * h_scale
+        scale, inverse = scale_of(magnitude(bound), "up")
         tl.store(scale_ptr + r[:, None], scale)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
-            d_gate, d_up = swiglu_gradients(h_ptr, h_scale, da_ptr, r, c, F)
-            store_row(q_ptr, d_gate * inverse, r, c, F, 2 * F)
-            store_row(q_ptr + F, d_up * inverse, r, c, F, 2 * F)
+            gate, up = load_halves(h_ptr, r, c, F)
+            gate, up = gate * h_scale, up * h_scale
+            da, sigma = load_row(da_ptr, r, c, F, F, 1), sigmoid(gate)
+            silu = gate * sigma
+            store_row(q_ptr, da * up * (sigma + silu * (1 - sigma)) * inverse, r, c, F, 2 * F)
+            store_row(q_ptr + F, da * silu * inverse, r, c, F, 2 * F)
 
     def swiglu_backward_triton(h, da):
         R, ffn = da.shape

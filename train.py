@@ -116,7 +116,7 @@ class Config:
 # Batch and learning rate as the models of these sizes are usually trained; the first two rows fit a coffee break.
 DEFAULTS = {
     "nano": dict(batch=32, accum=1, steps=200, lr=4e-3),
-    "124m": dict(batch=32, accum=2, steps=600, lr=1e-3),
+    "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4),
@@ -1318,13 +1318,16 @@ def main(argv=None):
         code, message = 2, e
     except RunError as e:
         code, message = 1, e
-    except torch.OutOfMemoryError as e:
-        code, message = 1, f"{str(e).split('. ')[0]}: lower --batch or --seq; python model.py counts what models need"
-    except RuntimeError as e:
-        if not ("RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE)):
+    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
+        code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
+        if re.search("out of memory|DefaultCPUAllocator", str(e)) or isinstance(e, MemoryError):
+            message = (f"{reason or 'out of memory'}: halve --batch and double --accum, which trains the same in less "
+                       f"memory, or add --recompute block; python model.py counts what models need")
+        elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
+            message = (f"another rank is gone or cannot be reached ({reason}): its messages say why; "
+                       f"torchrun --max-restarts goes on from the last checkpoint")
+        else:
             raise
-        code, message = 1, (f"another rank is gone or cannot be reached ({str(e).splitlines()[0][:120]}): its messages "
-                            f"say why; torchrun --max-restarts goes on from the last checkpoint")
     rank = int(os.environ.get("RANK", 0))
     print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr)
     return code
