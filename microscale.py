@@ -173,9 +173,8 @@ def fold(q, fmt=E4M3):
 
 def fold_loss(x, fmt=E4M3, block=32):
     """What folding costs on x (R, C): (share of the values that it changes, energy of the change / energy of x)."""
-    exact = quantize_two_level(x, fmt, block, global_scale=1.0).dequantize()
-    folded = quantize_reference(x, fmt, (1, ALL), "up").dequantize()
-    change = folded - exact
+    exact, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
+    change = folded - exact   # exact: two-level with s = 1
     return (change != 0).float().mean(), change.square().sum() / x.float().square().sum().clamp(min=1e-38)
 
 

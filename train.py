@@ -864,7 +864,10 @@ def first_non_finite(model, tokens, targets):
 
 
 def scale_health(model, scales, shards=None):
-    """Predicted / true weight scale (below 1 weights saturate); shares of X and dY cut off and changed by folding."""
+    """Predicted / true weight scale (below 1 weights saturate); shares of X and dY cut off and changed by folding.
+
+    The watching ends here.
+    """
     health = {}
     if scales is not None:
         known = [i for i, w in enumerate(scales.weights) if shards is None or shards.mine(w)]
@@ -873,13 +876,9 @@ def scale_health(model, scales, shards=None):
     records = [layer.health for layer in model.linears() if layer.health]
     for key in records[0] if records else ():
         health[key] = torch.stack([r[key] for r in records]).mean().item()
+    for layer in model.linears():
+        layer.health = None
     return health
-
-
-def watch(model, on):
-    if model.recipe:
-        for layer in model.linears():
-            layer.health = {} if on else None
 
 
 def clock(seconds):
@@ -1011,8 +1010,11 @@ def restore(state, model, optimizer, scales, c, say):
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
-def forward_backward(model, batches, step, c, ranks, shards=None):
-    """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss."""
+def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
+    """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss.
+
+    watching: the layers note the health of their scales, in the last micro-batch: in each it would double the time.
+    """
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     layers = getattr(model, "module", model).linears()
@@ -1026,6 +1028,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
         last = ranks.world > 1 and micro == mine[-1]   # its gradients have to pass where DDP or shards wait for them
         for layer in layers:
             layer.accumulates = not last
+            layer.health = {} if watching and layer.recipe and micro == mine[-1] else None
         if shards:
             shards.sending = last
         with model.no_sync() if ranks.world > 1 and not shards and not last else nullcontext():
@@ -1120,10 +1123,8 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-            watch(model, logging)
-            loss = forward_backward(ddp, train_batches, step, c, ranks, shards)
+            loss = forward_backward(ddp, train_batches, step, c, ranks, shards, watching=logging)
             health = scale_health(model, scales, shards) if logging else {}
-            watch(model, False)
             norm = shards.norm() if shards else torch.nn.utils.get_total_norm([p.grad for p in parameters])
             flag = torch.tensor(float(stop.received), device=device)
             # All ranks learn the mean loss and whether one was told to stop: the one wait for the GPU in a step.

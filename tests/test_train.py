@@ -421,13 +421,13 @@ sys.path.insert(0, {str(ROOT)!r})
 import train
 open({str(tmp_path / "starts")!r}, "a").write(".")
 real = train.forward_backward
-def killed(model, batches, step, c, ranks, shards=None):
+def killed(model, batches, step, c, ranks, *rest, **options):
     if step == 6 and not os.path.exists({str(tmp_path / "once")!r} + str(ranks.rank)):
         open({str(tmp_path / "once")!r} + str(ranks.rank), "w").close()
         if ranks.rank == {victim}:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep({2 * (nodes - 1)})   # the other node learns of it from torchrun, and does not count a restart
-    return real(model, batches, step, c, ranks, shards)
+    return real(model, batches, step, c, ranks, *rest, **options)
 train.forward_backward = killed
 code = train.main(sys.argv[1:])
 train.gc.collect()
@@ -1210,6 +1210,13 @@ def test_the_log_shows_how_healthy_the_scales_of_moss_are(tiny, tmp_path, no_sam
         assert 0 <= record["folded"] < 0.05                              # measured 0.0003 to 0.001
 
 
+def test_one_micro_batch_of_a_step_that_is_logged_is_watched_and_no_evaluation(tiny, monkeypatch, no_sample):
+    watched, original = [], model.fold_loss
+    monkeypatch.setattr(model, "fold_loss", lambda *arguments: watched.append(1) or original(*arguments))
+    run(tiny("--fp8 moss --accum 3 --steps 4 --log_every 2 --eval_every 1"))
+    assert len(watched) == 2 * LAYERS * 2   # two steps, X and dY
+
+
 def test_the_scales_of_moss_are_exact_after_a_true_rescale(tiny, tmp_path, no_sample):
     run(tiny("--fp8 moss --steps 6 --rescale_interval 4"))
     ratio = {record["step"]: record["scale_ratio"] for record in read_log(tmp_path / "out")}
@@ -1390,8 +1397,8 @@ def test_a_corrupted_batch_is_skipped_counted_and_named(tiny, tmp_path, monkeypa
 def test_a_gradient_out_of_all_proportion_is_skipped(tiny, monkeypatch, no_sample):
     losses, original = iter(range(10**6)), train.forward_backward
 
-    def spy(model, *arguments):
-        loss = original(model, *arguments)
+    def spy(model, *arguments, **options):
+        loss = original(model, *arguments, **options)
         if next(losses) == 25:
             for p in model.parameters():
                 p.grad *= 1e4
