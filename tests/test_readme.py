@@ -27,7 +27,8 @@ def test_every_file_that_it_names_exists():
 
 def test_every_link_leads_to_a_file_or_to_the_web():
     links = re.findall(r"\]\(([^)]+)\)", README)
-    assert links and all(link.startswith("https://") or (ROOT / link).exists() for link in links)
+    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
+    assert links and all(link.startswith("https://") or link in headings or (ROOT / link).exists() for link in links)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py " in c and "--help" not in c])
@@ -54,10 +55,11 @@ def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "RECIPES", microscale.RECIPES)
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     before = set(microscale.RECIPES)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
     exec(code, {})
     monkeypatch.setattr(train, "sample", lambda *_: "")
     for name in set(microscale.RECIPES) - before:
         summary = train.train(train.parse_config(
-            f"--device cpu --fp8 {name} --data {ROOT / 'train.py'} --seq 32 --batch 4 --steps 60 --eval_batches 2 "
+            f"--device cpu --fp8 {name} --data {tmp_path / 'text.txt'} --seq 32 --batch 4 --steps 60 --eval_batches 2 "
             f"--eval_every 60 --out {tmp_path / name}".split()))
-        assert summary["recipe"] == name and summary["val_loss"] < 3   # letter frequencies alone give 3.28
+        assert summary["recipe"] == name and summary["val_loss"] < 1   # letter frequencies alone give 3.12
