@@ -14,6 +14,7 @@ the same order from the same initial weights; with the same `--accum`, so do run
 
 import argparse
 import dataclasses
+import functools
 import gc
 import glob
 import json
@@ -28,7 +29,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -209,7 +210,8 @@ class Tokens:
             path, offset, size = self.parts[i]
             first = start - (int(self.ends[i]) - size)
             take = min(count, size - first)
-            window = np.memmap(path, self.dtype, mode="r", offset=offset + first * self.dtype.itemsize, shape=(take,))
+            window = np.memmap(str(path),   # of a Path, memmap looks up every folder on the way
+                               self.dtype, mode="r", offset=offset + first * self.dtype.itemsize, shape=(take,))
             pieces.append(window.astype(np.int64))
             start, count, i = start + take, count - take, i + 1
         return np.concatenate(pieces)
@@ -309,14 +311,13 @@ def open_data(source):
     return train, val, 256 if dtype == np.uint8 else None
 
 
-def shuffled(number, n, rng):
-    """The place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
+def shuffled(number, n, keys):
+    """The place of `number` in a random order of 0 ... n - 1 that is nowhere written down. keys: random numbers.
 
     A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone whatever
     f does, so no two numbers meet. One that lands at n or above is sent through again until it lands below.
     """
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
-    keys = rng.integers(1 << 62, size=4).tolist()
     while True:
         for key in keys:
             left, right = number >> bits, number & (1 << bits) - 1
@@ -324,6 +325,13 @@ def shuffled(number, n, rng):
             number = right << bits | left ^ mixed
         if number < n:
             return number
+
+
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, slack):
+    """(where the first window begins, 0 ... slack, and the keys of the shuffle)."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(slack + 1)), *rng.integers(1 << 62, size=4).tolist()
 
 
 class Batches:
@@ -334,41 +342,46 @@ class Batches:
 
     def __init__(self, tokens, config, vocab, what):
         self.tokens, self.config, self.vocab = tokens, config, vocab
-        self.windows = (len(tokens) - 1) // config.seq
+        self.windows, self.ready = (len(tokens) - 1) // config.seq, None
         if len(tokens) < config.seq + 1:
             raise UserError(f"the {what} data has {len(tokens)} tokens, fewer than one sequence of --seq {config.seq} "
                             f"+ 1: give more data or a shorter --seq")
-        for start in np.linspace(0, len(tokens) - config.seq - 1, 64).astype(np.int64):
-            self.window(int(start))   # a wrong vocabulary shows at the start, not hours later
+        self.read(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now, not hours later
 
-    def window(self, start):
-        window = self.tokens.read(start, self.config.seq + 1)
-        if window.max() >= self.vocab or window.min() < 0:
-            worst = int(window.max() if window.max() >= self.vocab else window.min())
-            where = self.tokens.file_at(start + int((window == worst).argmax()))
-            raise UserError(f"token id {worst} in {where} is outside the model's vocabulary of {self.vocab}: "
-                            f"is this the right data for --model {self.config.model}?")
-        return window
+    def read(self, starts):
+        """Start positions -> (B, seq + 1) int64. UserError names the file of a token that the model does not know."""
+        windows = np.stack([self.tokens.read(int(start), self.config.seq + 1) for start in starts])
+        if windows.max() >= self.vocab or windows.min() < 0:
+            i, j = np.argwhere((windows >= self.vocab) | (windows < 0))[0]
+            raise UserError(f"token id {windows[i, j]} in {self.tokens.file_at(int(starts[i]) + j)} is outside the "
+                            f"model's vocabulary of {self.vocab}: is this the right data for --model {self.config.model}?")
+        return windows
 
     def load(self, starts, device):
         """Start positions -> inputs, targets (B, seq) int64 on the device."""
-        windows = torch.from_numpy(np.stack([self.window(int(s)) for s in starts]))
+        windows = torch.from_numpy(self.read(starts))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
 
     def step(self, step, micro, device):
         """Micro-batch number `micro` (over all ranks) of a training step: the next windows of the epoch's order."""
-        c = self.config
-        numbers = (step * c.accum + micro) * c.batch + np.arange(c.batch)
+        (place, batch), self.ready = self.ready or (None, None), None
+        if place == (step, micro):
+            return batch
+        numbers = (step * self.config.accum + micro) * self.config.batch + np.arange(self.config.batch)
         return self.load([self.start(*divmod(int(number), self.windows)) for number in numbers], device)
+
+    def prefetch(self, step, micro, device):
+        """Reads what `step` will be asked for, while the GPU still computes. If it fails, `step` will say so."""
+        with suppress(UserError, OSError, ValueError):
+            self.ready = (step, micro), self.step(step, micro, device)
 
     def start(self, epoch, number):
         """Where window `number` of an epoch starts. Each epoch has its own order, and its own edges between windows."""
-        c = self.config
-        slack = len(self.tokens) - 1 - self.windows * c.seq
-        rng = np.random.default_rng((c.seed, epoch))
-        return int(rng.integers(slack + 1)) + c.seq * shuffled(number, self.windows, rng)
+        slack = len(self.tokens) - 1 - self.windows * self.config.seq
+        first, *keys = epoch_order(self.config.seed, epoch, slack)
+        return first + self.config.seq * shuffled(number, self.windows, keys)
 
     def evaluation(self, i, device):
         """Micro-batch number i of eval_batches: evenly spaced windows, the same at every evaluation."""
@@ -988,26 +1001,24 @@ def restore_weights(state, model):
         p.copy_(state["model"][name])
 
 
-def restore(state, model, optimizer, scales, c, say):
-    """Puts a checkpoint back; of the optimizer only moments and step counts, its settings are those of this run.
-
-    Scales come back bit for bit: measuring them anew would make a resumed run differ from an uninterrupted one. They
-    are measured where the recipe is another one now, or where a weight exceeds what its scale allows.
-    """
+def restore_moments(state, model, optimizer):
+    """Of the optimizer only moments and step counts: its settings are those of this run."""
     names = {p: name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in state["optimizer"][names[p]].items():   # step counts of a kernel of ours lie on the CPU
                 device = p.device if key != "step" or group["fused"] else "cpu"
                 optimizer.state[p][key] = value.to(device, copy=True)
+
+
+def restore_scales(state, scales, c):
+    """Bit for bit: measuring them anew would make a resumed run differ from an uninterrupted one. They are measured
+    where the recipe is another one now, or where a weight exceeds what its scale allows."""
     if scales:
         if state["config"]["fp8"] == c.fp8:
             scales.load_state_dict(state["scales"])
         if state["config"]["fp8"] != c.fp8 or scales.headroom().min() < 1:
             scales.anchor()
-    for name, value in state["config"].items():
-        if name not in ("resume", "device", "out") and getattr(c, name) != value:
-            say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
@@ -1065,7 +1076,11 @@ def train(config):
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
     if c.resume:
-        restore(state, model, optimizer, scales, c, say)
+        restore_moments(state, model, optimizer)
+        restore_scales(state, scales, c)
+        for name, value in state["config"].items():
+            if name not in ("resume", "device", "out") and getattr(c, name) != value:
+                say(f"note: --{name} was {value} and is now {getattr(c, name)}")
         before = state.get("ranks", ranks.world)
         changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
@@ -1124,6 +1139,8 @@ def train(config):
                 group["lr"] = lr
             logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
             loss = forward_backward(ddp, train_batches, step, c, ranks, shards, watching=logging)
+            if device.type == "cuda":   # which is still busy; from here on this process waits for it
+                train_batches.prefetch(step + 1, ranks.rank, device)
             health = scale_health(model, scales, shards) if logging else {}
             norm = shards.norm() if shards else torch.nn.utils.get_total_norm([p.grad for p in parameters])
             flag = torch.tensor(float(stop.received), device=device)
@@ -1200,9 +1217,8 @@ def report(c, device):
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, print)
     restore_weights(state, model)
-    optimizer = make_optimizer(model, c)
-    scales = make_scales(model, optimizer, c)
-    restore(state, model, optimizer, scales, c, lambda note: None)
+    scales = make_scales(model, make_optimizer(model, c), c)
+    restore_scales(state, scales, c)
     requantize(model, scales)
     if c.eval_only:
         loss = evaluate(model, batches, Ranks(0, 1, device))

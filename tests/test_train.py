@@ -208,10 +208,28 @@ def test_every_step_and_every_micro_batch_has_its_own_data():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4096])
 def test_a_shuffled_order_visits_every_number_once(n):
-    order = [train.shuffled(i, n, np.random.default_rng(7)) for i in range(n)]
-    assert sorted(order) == list(range(n))
+    order, other = ([train.shuffled(i, n, keys) for i in range(n)] for keys in ([11, 12, 13, 14], [21, 22, 23, 24]))
+    assert sorted(order) == sorted(other) == list(range(n))
     if n >= 17:
-        assert order != sorted(order) and order != [train.shuffled(i, n, np.random.default_rng(8)) for i in range(n)]
+        assert order != sorted(order) and order != other
+
+
+def test_a_batch_that_was_read_ahead_is_the_batch_of_that_step():
+    c = train.Config(seq=8, batch=2, accum=2)
+    ahead, behind = (train.Batches(train.open_data(None)[0], c, 256, "training") for _ in range(2))
+    ahead.prefetch(5, 1, CPU)
+    assert torch.equal(ahead.step(2, 0, CPU)[0], behind.step(2, 0, CPU)[0])   # a resumed or skipped step, say
+    ahead.prefetch(5, 1, CPU)
+    assert all(map(torch.equal, ahead.step(5, 1, CPU), behind.step(5, 1, CPU)))
+
+
+def test_a_batch_that_cannot_be_read_ahead_is_an_error_when_it_is_needed(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros(64, np.int32))
+    batches = train.Batches(train.open_data(tmp_path)[0], train.Config(seq=8, batch=2, accum=1), 50, "training")
+    np.save(tmp_path / "tokens.npy", np.full(64, 99, np.int32))
+    batches.prefetch(1, 0, CPU)
+    with pytest.raises(train.UserError, match="token id 99 in .*tokens.npy"):
+        batches.step(1, 0, CPU)
 
 
 def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order():
