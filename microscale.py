@@ -242,10 +242,10 @@ def swiglu_backward_reference(h, da):
     it is known before a sigmoid is taken. Next to the scale of the maximum it is mostly the same, else twice that or
     four times: less range at the lower end, and the same precision above it.
     """
-    gate, up = h.dequantize().chunk(2, dim=1)
+    h = h.dequantize()
+    gate, up = h.chunk(2, dim=1)
     bound = (da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs())).amax(dim=1, keepdim=True)
-    scale = scale_from_amax(bound, E4M3, "up")
-    return quantize_reference(swiglu_gradient(h.dequantize(), da), E4M3, (1, ALL), "up", scale)
+    return quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale_from_amax(bound, E4M3, "up"))
 
 
 def rope(x, cos, sin):
