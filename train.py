@@ -632,16 +632,6 @@ def set_aside(out):
     return True
 
 
-def open_tensorboard(folder):
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder)
-
-
 def logged_step(line):
     """The step of a line of the log; infinity for one that a crash cut short."""
     try:
@@ -659,6 +649,28 @@ def open_log(out, resumed_at):
         temporary.write_text("".join(line + "\n" for line in lines))
         os.replace(temporary, path)
     return open(path, "a", buffering=1)
+
+
+def open_tensorboard(folder):
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder)
+
+
+def claim(out, c, step):
+    """Makes the folder of the run its own -> (the lock, the log, tensorboard's writer or None)."""
+    try:
+        held = lock(out) if out.exists() else None
+        if not c.resume and set_aside(out):
+            held = None   # the lock went with the folder
+        out.mkdir(parents=True, exist_ok=True)
+        return held or lock(out), open_log(out, step if c.resume else None), open_tensorboard(c.tensorboard)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1089,17 +1101,7 @@ def train(config):
         shards.share(scales, measured=True)
 
     # From here on files are written.
-    if main:
-        try:
-            held = lock(out) if out.exists() else None
-            if not c.resume and set_aside(out):
-                held = None   # the lock went with the folder
-            out.mkdir(parents=True, exist_ok=True)
-            held = held or lock(out)
-            log = open_log(out, step if c.resume else None)
-            board = open_tensorboard(c.tensorboard)
-        except OSError as e:
-            raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
+    held, log, board = claim(out, c, step) if main else (None, None, None)
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
     parameters = list(model.parameters())
     say(f"model   {c.model}: {sum(p.numel() for p in parameters):,} parameters, vocabulary {model.config.vocab}")
