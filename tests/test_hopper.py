@@ -1,7 +1,10 @@
-"""Every kernel compiles for Hopper and fits into its shared memory, which needs a compiler and no GPU."""
+"""Every kernel compiles for Hopper and fits into its shared memory, which needs a compiler and no GPU; and on one, none
+reads or writes where it should not."""
 
 import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +123,68 @@ def test_all_kernels_compile_for_hopper_and_fit_into_its_shared_memory(tmp_path)
     assert {name: n for name, n in used.items() if n > SHARED_MEMORY} == {}
 
 
-if __name__ == "__main__":
+def launch_at_ragged_shapes(device):
+    """Every kernel, at shapes that leave parts of their tiles outside; -> how many launches."""
+    import torch
+
+    import gemm_kernel as gk
+    import microscale as ms
+    from autoscale import adamw_triton
+    from fp8_formats import E4M3, E5M2
+    from microscale import ALL
+
+    def random(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def fp8(*shape):
+        return torch.empty(*shape, device=device, dtype=E4M3.dtype)
+    launches, scale = 0, torch.full((1, 1), 0.01, device=device)
+    for (R, C), fmt in itertools.product(((33, 160), (7, 1), (64, 300)), (E4M3, E5M2)):
+        x = random(R, C)
+        for z, (block, rule) in itertools.product((x, random(C, R).t()), (((1, 32), "floor"), ((1, 128), "fp32"))):
+            ms.quantize_triton(z, fmt, block, rule)
+        ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
+        for kind in ms.NORMS:
+            q = ms.norm_rows_triton(x, kind, random(C) if kind == "rms" else None, fmt)
+        for factor in (None, q.scale / q.scale.max()):
+            ms.transpose_triton(q.data, factor, fmt)
+        p, g, m, v = (random(R, C, dtype=torch.float32).abs() for _ in range(4))
+        adamw_triton(p, g, m, v, fp8(R, C), fp8(C, R), scale, 1e-3, (0.9, 0.95), 1e-8, 0.1, 3)
+        launches += 11
+    for R, ffn in ((7, 1), (5, 48), (2, 4100)):
+        _, h = ms.swiglu_rows_triton(random(R, 2 * ffn))
+        ms.swiglu_backward_triton(h, random(R, ffn))
+        launches += 2
+    for B, T, heads, kv_heads, head_dim in ((1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64), (2, 17, 32, 8, 128)):
+        angles = torch.randn(2, T, head_dim // 2, device=device).unbind()
+        ms.rope_triton_(random(B, T, heads, head_dim), *angles)
+        ms.rope_backward_triton(random(B, T, heads, head_dim), random(B, T, kv_heads, head_dim),
+                                random(B, T, kv_heads, head_dim), *angles)
+        launches += 2
+    large = ((2181, 4104, 2320), (1290, 1304, 272)) if device == "cuda" else ()   # for the largest tiles
+    for (M, N, K), (name, (_, _, _, promote)) in itertools.product(
+            ((1, 1, 16), (130, 200, 272), (129, 264, 2320), *large), gk.VARIANTS.items()):
+        a, b = gk.operands(M, N, K, name, device)
+        for dtype, add in ((torch.bfloat16, None), (torch.float32, random(M, N, dtype=torch.float32))):
+            gk.matmul_triton(a, b, dtype, promote, add)
+            launches += 1
+    return launches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_kernel_leaves_its_tensors_or_races(tool):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT),
+                   "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}   # each tensor an allocation of its own, with an end
+    done = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, __file__, "cuda"],
+                          capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"^\d{3} launches$", done.stdout, re.MULTILINE)
+
+
+if __name__ == "__main__" and sys.argv[1:]:   # a device: "cuda" for the sanitizer
+    print(launch_at_ragged_shapes(sys.argv[1]), "launches")
+elif __name__ == "__main__":
     for kernel_name, compiled in all_kernels():
         print(kernel_name, compiled.metadata.shared)
