@@ -33,8 +33,8 @@ import statistics
 
 import torch
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"   # run alone on a CPU: the kernels run in Triton's interpreter
+if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)):
+    os.environ["TRITON_INTERPRET"] = "1"   # run alone, and not on a Hopper: the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, FORMATS
 from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores, measured_scale, quantize,
@@ -55,21 +55,30 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
     return (product if add is None else product + add.float()).to(out_dtype)
 
 
+def kernel_scales(a, b):
+    """Whether the kernel can apply these scales: A's per row or one, and one of B; or both in equal steps along K."""
+    if a.block[1] == ALL:
+        return a.block[0] in (1, ALL) and b.block == (ALL, ALL)
+    return a.block[0] == 1 and a.block[1] == b.block[1]
+
+
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     """Quantized a (M, K), b (N, K) -> (M, N) in `out_dtype`, by the fastest way this device has.
 
     promote   set partial sums aside in FP32 (dgrad, wgrad)
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`; with add = out it accumulates
 
-    Operands with a power-of-two scale per 32 of K are exact in BF16, and BF16 products are faster on Hopper than
-    scaling in the loop.
+    With a scale per 32 of K, operands made BF16 and a BF16 product are faster on Hopper than scaling in the loop. Under
+    powers of two (`mx`) that is exact, else each is rounded once. So are blocks that the kernel cannot scale.
     """
     fp8 = has_fp8_tensor_cores(a.data.device)
-    if fp8 and a.block[1] != 32:
+    if fp8 and a.block[1] != 32 and kernel_scales(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if fp8 else torch.float32)
     return product if out is None else out.copy_(product)
 
+
+PROMOTE_EVERY = 16   # x 128 of K: an error of 0.85e-3 at any K, half of what rounding the output to BF16 adds
 
 if HAS_TRITON:
     @triton.jit
@@ -205,11 +214,15 @@ if HAS_TRITON:
             torch.cuda.get_device_capability(device) == (9, 0)
 
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
-        """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`. Scales per row, per tensor, or every 32 or 128 of K.
+        """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`.
 
-        Raises ValueError where K is not a multiple of 16: the tensor memory accelerator moves 16 bytes at least.
+        Raises ValueError for scales that are not as `kernel_scales` says, and where K is not a multiple of 16: the
+        tensor memory accelerator moves 16 bytes at least.
         """
         (M, K), N = a.data.shape, b.data.shape[0]
+        if not kernel_scales(a, b):
+            raise ValueError(f"FP8 GEMM of blocks {a.block} and {b.block}: scales along K have to change on both sides "
+                             f"at once, else B has one scale; use matmul, which multiplies such blocks in BF16")
         if K % 16:
             raise ValueError(f"FP8 GEMM with K = {K}: the summed axis must be a multiple of 16; pad it with zeros")
         in_loop = a.block[1] != ALL
@@ -229,9 +242,9 @@ if HAS_TRITON:
             TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]),
             TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // (4 if quarters else 2)]) if tma_store else None,
             c, add, *scales, M, N, K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, PROGRAMS=sms * programs,
-            IN_LOOP=in_loop, PROMOTE=16 if promote else 0, A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1),
-            ADD=add is not None, TMA_STORE=tma_store, QUARTERS=quarters, FLATTEN=not promote and not in_loop,
-            num_warps=warps, num_stages=stages)
+            IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0, A_PER_ROW=int(a.block[0] == 1),
+            B_ROWS=max(b.block[0], 1), ADD=add is not None, TMA_STORE=tma_store, QUARTERS=quarters,
+            FLATTEN=not promote and not in_loop, num_warps=warps, num_stages=stages)
         return c
 
 

@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, cdiv, fold_loss, norm_rows, qkv_gradient, quantize,
-                        quantize_weight, rope, rope_, rope_backward, saturated_share, swiglu, swiglu_backward,
-                        swiglu_gradient, swiglu_rows)
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, cdiv, fold_loss, norm_rows, qkv_gradient,
+                        quantize, quantize_weight, rope, rope_, rope_backward, saturated_share, swiglu,
+                        swiglu_backward, swiglu_gradient, swiglu_rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -117,7 +117,8 @@ class Linear(nn.Module):
         return y
 
     def watch(self, x, suffix, make=lambda rows: rows):
-        """Of the first rows of X or dY, make(x), records the share that saturates and the one that folding changes."""
+        """Records of X or dY, the first WATCHED rows of make(x), the share that saturates and the share that folding
+        changes. (Of dY of gate_up it changes a few more: `swiglu_backward` scales by a bound, not by the maximum.)"""
         if self.health is None:
             return
         x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
@@ -180,9 +181,13 @@ def attention(q, k, v, cache=None):
 # ---------------------------------------------------------------------------------------------------
 # The dataflow of moss
 
+# What the functions below compute, and no other recipe: those run layer by layer.
+FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
+
+
 @compiled
-def norm_backward(dy, x, weight, kind, residual):
-    """Gradients of y = norm(x) weight, rows (T, d): -> (dx + residual, d weight or None), float32 inside.
+def norm_backward(dy, x, weight, kind, d_residual):
+    """Gradients of y = norm(x) weight, rows (T, d): -> (dx + d_residual, d weight or None), float32 inside.
 
         x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
 
@@ -197,7 +202,7 @@ def norm_backward(dy, x, weight, kind, residual):
     g = g if weight is None else g * weight.to(dy.dtype).float()
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     dx = dx - g.mean(-1, keepdim=True) if centred else dx
-    return (dx * inverse + residual.float()).to(dy.dtype), d_weight
+    return (dx * inverse + d_residual.float()).to(dy.dtype), d_weight
 
 
 def linear_backward(dy_q, x_q, layer, dtype):
@@ -211,9 +216,9 @@ def linear_backward(dy_q, x_q, layer, dtype):
     return dx, dw if grad is None else None
 
 
-def rows_of(x, layer, suffix="", kind="none", norm_weight=None):
-    """x (T, width) -> Quantized, one power of two per token, of its norm."""
-    norm_weight = None if norm_weight is None else norm_weight.to(x.dtype)
+def quantize_rows(x, layer, suffix="", kind="none", norm_weight=None):
+    """x (T, width) -> Quantized norm(x), one power of two per token, watched for the log as X or dY of `layer`."""
+    norm_weight = None if norm_weight is None else norm_weight.to(x.dtype)   # as Norm computes it for other recipes
     layer.watch(x, suffix, lambda rows: NORMS[kind](rows, None if norm_weight is None else norm_weight.float()))
     return norm_rows(x, kind, norm_weight)
 
@@ -221,15 +226,15 @@ def rows_of(x, layer, suffix="", kind="none", norm_weight=None):
 class NormQKV(torch.autograd.Function):
     """x (B, T, d) -> q and k after RoPE, v: (B, T, heads, head_dim); and x.
 
-    The last output is for the residual connection: so the gradient that comes back along it is added where that of the
-    norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`). q, k and v, which attention keeps, are
-    one tensor: RoPE turns them in place. Their gradients are turned back where they become FP8.
+    x is returned, too, for the residual connection: so the gradient that comes back along it arrives here, and is added
+    where that of the norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`). q, k and v, which
+    attention keeps, are one tensor: RoPE turns them in place. Their gradients are turned back where they become FP8.
     """
 
     @staticmethod
     def forward(ctx, x, norm_weight, weight, cos, sin, layer, config, recompute):
         rows = x.flatten(0, 1)
-        x_q = rows_of(rows, layer, "", config.norm, norm_weight)
+        x_q = quantize_rows(rows, layer, "", config.norm, norm_weight)
         ctx.save_for_backward(x, norm_weight, cos, sin, *(() if recompute else (x_q.data, x_q.scale)))
         ctx.layer, ctx.kind = layer, config.norm
         qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
@@ -241,7 +246,7 @@ class NormQKV(torch.autograd.Function):
     def backward(ctx, dq, dk, dv, residual):
         (x, norm_weight, cos, sin, *kept), layer = ctx.saved_tensors, ctx.layer
         rows = x.flatten(0, 1)
-        x_q = Quantized(*kept, (1, ALL)) if kept else rows_of(rows, layer, "", ctx.kind, norm_weight)
+        x_q = Quantized(*kept, (1, ALL)) if kept else quantize_rows(rows, layer, "", ctx.kind, norm_weight)
         if layer.health is not None:
             first = (z[:cdiv(WATCHED, x.shape[1]), :WATCHED] for z in (dq, dk, dv))
             layer.watch(qkv_gradient(*first, cos[:WATCHED], sin[:WATCHED]), "_grad")
@@ -255,7 +260,7 @@ class LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, layer, recompute):
-        x_q = rows_of(x, layer)
+        x_q = quantize_rows(x, layer)
         ctx.save_for_backward(*((x,) if recompute else (x_q.data, x_q.scale)))
         ctx.layer, ctx.dtype = layer, x.dtype
         return matmul(x_q, layer.w, x.dtype, add=residual)
@@ -263,8 +268,8 @@ class LinearResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         kept = ctx.saved_tensors
-        x_q = Quantized(*kept, (1, ALL)) if len(kept) == 2 else rows_of(*kept, ctx.layer)
-        dx, dw = linear_backward(rows_of(dy, ctx.layer, "_grad"), x_q, ctx.layer, ctx.dtype)
+        x_q = Quantized(*kept, (1, ALL)) if len(kept) == 2 else quantize_rows(*kept, ctx.layer)
+        dx, dw = linear_backward(quantize_rows(dy, ctx.layer, "_grad"), x_q, ctx.layer, ctx.dtype)
         return dx, dy, dw, None, None
 
 
@@ -277,8 +282,8 @@ class NormSwiGLUResidual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, up_weight, down_weight, gate_up, down, kind, recompute):
-        x_q = rows_of(x, gate_up, "", kind, norm_weight)
+    def forward(ctx, x, norm_weight, gate_up_weight, down_weight, gate_up, down, kind, recompute):
+        x_q = quantize_rows(x, gate_up, "", kind, norm_weight)
         h = matmul(x_q, gate_up.w, x.dtype)                                            # (T, 2 ffn)
         down.watch(h, "", swiglu)
         a_q, h_q = swiglu_rows(h)                                                      # (T, ffn), (T, 2 ffn)
@@ -291,14 +296,14 @@ class NormSwiGLUResidual(torch.autograd.Function):
     def backward(ctx, dy):
         (x, norm_weight, *kept), (gate_up, down) = ctx.saved_tensors, ctx.layers
         h_q, a_q, *x_q = (Quantized(*kept[i:i + 2], (1, ALL)) for i in range(0, len(kept), 2))
-        da, dw_down = linear_backward(rows_of(dy, down, "_grad"), a_q, down, x.dtype)
+        da, dw_down = linear_backward(quantize_rows(dy, down, "_grad"), a_q, down, x.dtype)
         dh_q = swiglu_backward(h_q, da)
         if gate_up.health is not None:
             first = Quantized(h_q.data[:WATCHED], h_q.scale[:WATCHED], h_q.block)
             gate_up.watch(swiglu_gradient(first.dequantize(), da[:WATCHED]), "_grad")
-        x_q = x_q[0] if x_q else rows_of(x, gate_up, "", ctx.kind, norm_weight)
-        dx, dw_up = linear_backward(dh_q, x_q, gate_up, x.dtype)
-        return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_up, dw_down, None, None, None, None
+        x_q = x_q[0] if x_q else quantize_rows(x, gate_up, "", ctx.kind, norm_weight)
+        dx, dw_gate_up = linear_backward(dh_q, x_q, gate_up, x.dtype)
+        return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_gate_up, dw_down, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -309,7 +314,7 @@ class Block(nn.Module):
 
     def __init__(self, config, recipe, name, recompute):
         super().__init__()
-        self.config, self.moss, self.again = config, recipe is RECIPES["moss"], recompute == "act"
+        self.config, self.fused, self.recompute_act = config, recipe == FUSED, recompute == "act"
         self.norm1, self.norm2 = Norm(config), Norm(config)
         self.qkv = Linear(config.d, config.d + 2 * config.kv_dim, recipe, f"{name}.qkv")
         self.out = Linear(config.d, config.d, recipe, f"{name}.out")
@@ -317,7 +322,7 @@ class Block(nn.Module):
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down")
 
     def forward(self, x, cos, sin, cache=None):
-        if self.moss:
+        if self.fused:
             return self.forward_moss(x, cos, sin, cache)
         q, k, v = rope_and_split(self.qkv(self.norm1(x)), cos, sin, self.config.d, self.config.kv_dim,
                                  self.config.head_dim)
@@ -325,17 +330,17 @@ class Block(nn.Module):
         return x + self.down(compiled_swiglu(self.gate_up(self.norm2(x))))
 
     def forward_moss(self, x, cos, sin, cache):
-        (B, T, d), config = x.shape, self.config
-        q, k, v, x = NormQKV.apply(x, self.norm1.weight, self.qkv.weight, cos, sin, self.qkv, config, self.again)
+        (B, T, d), config, recompute = x.shape, self.config, self.recompute_act
+        q, k, v, x = NormQKV.apply(x, self.norm1.weight, self.qkv.weight, cos, sin, self.qkv, config, recompute)
         y = attention(q, k, v, cache).view(B * T, d)
-        x = LinearResidual.apply(y, x.reshape(B * T, d), self.out.weight, self.out, self.again)
+        x = LinearResidual.apply(y, x.reshape(B * T, d), self.out.weight, self.out, recompute)
         x = NormSwiGLUResidual.apply(x, self.norm2.weight, self.gate_up.weight, self.down.weight, self.gate_up,
-                                     self.down, config.norm, self.again)
+                                     self.down, config.norm, recompute)
         return x.view(B, T, d)
 
 
 @compiled
-def softmax_gradient_(logits, targets, count):
+def loss_and_gradient_(logits, targets, count):
     """logits (T, vocab), targets (T) -> sum of -log p[target]; logits become their gradient, (p - onehot) / count."""
     z = logits.float()
     log_sum = z.logsumexp(-1, keepdim=True)
@@ -346,7 +351,7 @@ def softmax_gradient_(logits, targets, count):
 
 
 class HeadLoss(torch.autograd.Function):
-    """x (T, d), W (vocab, d), targets (T) -> mean cross-entropy of x W^T, `CHUNK` tokens at a time.
+    """x (T, d), W (vocab, d), targets (T) -> mean cross-entropy of x W^T, in FP32 for `CHUNK` tokens at a time.
 
     The gradient of the logits is made along with the loss, in their place, and kept in the dtype of x: of 16384 tokens
     and 50304 words it is 1.5 GiB in BF16, where PyTorch's cross-entropy holds the logits, and what it makes of them, in
@@ -363,7 +368,7 @@ class HeadLoss(torch.autograd.Function):
             rows = x[i:i + HeadLoss.CHUNK]
             part = logits[i:i + len(rows)] if training else logits[:len(rows)]
             torch.mm(rows, w.t(), out=part)
-            total += softmax_gradient_(part, targets[i:i + len(rows)], len(x))
+            total += loss_and_gradient_(part, targets[i:i + len(rows)], len(x))
         ctx.save_for_backward(x, weight, logits)
         return total / len(x)
 

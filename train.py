@@ -87,7 +87,8 @@ class Config:
     weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
     clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it")
     rescale_interval: int = opt(500, "steps between true rescales of predicted weight scales; 0 = never")
-    spike: float = opt(100, "skip a step whose gradient norm is this many times the median of the last 100; 0 = never")
+    spike: float = opt(100, "skip a step whose gradient norm is this many times the median of the last 100 (20 at "
+                            "least); 0 = never")
     max_skips: int = opt(5, "stop after this many skipped steps in a row: spikes, and losses and gradients not finite")
     # watching and saving
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
@@ -178,8 +179,11 @@ def resolve(c, device, world):
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {cdiv(c.accum, world) * world}")
-    if c.shard and c.fp8 != "moss":
-        raise UserError(f"--shard needs --fp8 moss, not {c.fp8}: without a prediction a rank has to see all weights")
+    if c.shard and (c.fp8 == "none" or RECIPES[c.fp8].weight_scale != "predicted"):
+        raise UserError(f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: else a rank "
+                        f"has to see all weights")
+    if c.recompute == "act" and c.fp8 != "moss" and not c.bench:
+        raise UserError(f"--recompute act is for --fp8 moss, not {c.fp8}: use --recompute block")
     if c.fp8 != "none" and c.batch * c.seq % 16:
         raise UserError(f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which "
                         f"--fp8 {c.fp8} needs to sum over them: change --batch or --seq")
@@ -311,6 +315,9 @@ def open_data(source):
     return train, val, 256 if dtype == np.uint8 else None
 
 
+GOLDEN = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
+
+
 def shuffled(number, n, keys):
     """The place of `number` in a random order of 0 ... n - 1 that is nowhere written down. keys: random numbers.
 
@@ -321,7 +328,7 @@ def shuffled(number, n, keys):
     while True:
         for key in keys:
             left, right = number >> bits, number & (1 << bits) - 1
-            mixed = (right + key) * 0x9E3779B97F4A7C15 >> 32 & (1 << bits) - 1
+            mixed = (right + key) * GOLDEN >> 32 & (1 << bits) - 1
             number = right << bits | left ^ mixed
         if number < n:
             return number
@@ -354,7 +361,8 @@ class Batches:
         if windows.max() >= self.vocab or windows.min() < 0:
             i, j = np.argwhere((windows >= self.vocab) | (windows < 0))[0]
             raise UserError(f"token id {windows[i, j]} in {self.tokens.file_at(int(starts[i]) + j)} is outside the "
-                            f"model's vocabulary of {self.vocab}: is this the right data for --model {self.config.model}?")
+                            f"model's vocabulary of {self.vocab}: is this the right data for "
+                            f"--model {self.config.model}?")
         return windows
 
     def load(self, starts, device):
@@ -366,9 +374,9 @@ class Batches:
 
     def step(self, step, micro, device):
         """Micro-batch number `micro` (over all ranks) of a training step: the next windows of the epoch's order."""
-        (place, batch), self.ready = self.ready or (None, None), None
-        if place == (step, micro):
-            return batch
+        ready, self.ready = self.ready, None
+        if ready and ready[0] == (step, micro):
+            return ready[1]
         numbers = (step * self.config.accum + micro) * self.config.batch + np.arange(self.config.batch)
         return self.load([self.start(*divmod(int(number), self.windows)) for number in numbers], device)
 
@@ -762,7 +770,7 @@ class Shards:
         gradient = p.grad.to(torch.bfloat16 if p.is_cuda else p.dtype) / self.ranks.world
         p.grad = p.grad if self.mine(p) else None
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
-        if len(self.sent) > 8:   # older ones have arrived: their memory is free again
+        if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
             self.receive(self.sent.pop(0))
 
     def receive(self, message):
@@ -836,7 +844,7 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     optimizer.step()
     if scales and not predicted:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
-    if not predicted or not optimizer.layers:
+    if not predicted or not getattr(optimizer, "layers", None):   # FP8AdamW's, on a GPU
         requantize(model, scales, shards)
     if shards:
         shards.share(scales, measured=not predicted)
@@ -872,12 +880,12 @@ def first_non_finite(model, tokens, targets):
         if not list(module.children()):
             hooks.append(module.register_forward_hook(
                 lambda _, __, y, name=name: bad.append(name) if not y.isfinite().all() else None))
-    fused = [block.moss for block in model.blocks]
+    fused = [block.fused for block in model.blocks]
     for block in model.blocks:
-        block.moss = False   # the same numbers, layer by layer
+        block.fused = False   # layer by layer, up to rounding the same numbers
     model(tokens, targets)
     for block, was in zip(model.blocks, fused):
-        block.moss = was
+        block.fused = was
     for hook in hooks:
         hook.remove()
     if bad:
@@ -1043,19 +1051,19 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
     layers = getattr(model, "module", model).linears()
     for micro in mine:
         try:
-            (tokens, targets), fault = batches.step(step, micro, ranks.device), 1.0
+            (tokens, targets), readable = batches.step(step, micro, ranks.device), True
         except (UserError, OSError, ValueError) as e:   # the other ranks wait for this one: go on, and let all skip
             print(f"step {step + 1}, rank {ranks.rank}: {e}")
-            tokens, fault = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device), math.nan
-            targets = tokens
-        last = ranks.world > 1 and micro == mine[-1]   # its gradients have to pass where DDP or shards wait for them
+            tokens = targets = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device)
+            readable = False
+        sends = ranks.world > 1 and micro == mine[-1]   # DDP and shards wait for gradients in autograd's hooks
         for layer in layers:
-            layer.accumulates = not last
+            layer.accumulates = not sends
             layer.health = {} if watching and layer.recipe and micro == mine[-1] else None
         if shards:
-            shards.sending = last
-        with model.no_sync() if ranks.world > 1 and not shards and not last else nullcontext():
-            loss = model(tokens, targets) * fault
+            shards.sending = sends
+        with model.no_sync() if ranks.world > 1 and not shards and not sends else nullcontext():
+            loss = model(tokens, targets) * (1.0 if readable else math.nan)
             (loss / len(mine)).backward()     # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
     return loss_sum

@@ -109,6 +109,28 @@ def test_promotion_holds_the_error_at_k_16384_that_fast_accumulation_loses():
     assert promoted < 2e-3 < fast   # BF16 rounding of the output alone is 1.66e-3
 
 
+UNEQUAL = [((1, 128), (ALL, ALL)), ((1, ALL), (1, ALL)), ((ALL, ALL), (128, 128)), ((1, 64), (1, 128))]
+
+
+@pytest.mark.parametrize("block_a, block_b", UNEQUAL, ids=str)
+def test_scales_that_the_kernel_cannot_apply_are_multiplied_in_bf16(block_a, block_b):
+    torch.manual_seed(0)
+    a, b = (quantize_reference(torch.randn(n, 256, device=DEVICE), E4M3, block, "fp32")
+            for n, block in ((48, block_a), (32, block_b)))
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    # on a GPU operands and output are rounded, to 1.66e-3 each
+    assert gk.relative_error(gk.matmul(a, b, torch.float32), exact) < 3.5e-3
+
+
+@needs_triton
+@pytest.mark.parametrize("block_a, block_b", UNEQUAL, ids=str)
+def test_scales_that_the_kernel_cannot_apply_are_refused_by_it(block_a, block_b):
+    a, b = (quantize_reference(torch.ones(n, 256, device=DEVICE), E4M3, block, "fp32")
+            for n, block in ((48, block_a), (32, block_b)))
+    with pytest.raises(ValueError, match="have to change on both sides"):
+        gk.matmul_triton(a, b)
+
+
 @needs_triton
 def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
     data, scale = torch.zeros(4, 24, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(1, 1, device=DEVICE)

@@ -177,8 +177,8 @@ def launch_at_ragged_shapes(device):
 def test_no_kernel_leaves_its_tensors_or_races(tool):
     environment = {**os.environ, "PYTHONPATH": str(ROOT),
                    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}   # each tensor an allocation of its own, with an end
-    done = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, __file__, "cuda"],
-                          capture_output=True, text=True, timeout=600, env=environment)
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, __file__, "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"^\d{3} launches$", done.stdout, re.MULTILINE)
 

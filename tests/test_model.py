@@ -198,7 +198,7 @@ def test_norm_backward_equals_autograd_in_float64(kind, dtype, tolerance):
 def block_step(config, fp8, dtype, B, T, fused=True):
     """One block: its output, and the gradients of its input and of every parameter by name."""
     block = make(dataclasses.replace(config, layers=1), fp8, device=DEVICE, gain=4).blocks[0]
-    block.moss = block.moss and fused
+    block.fused = block.fused and fused
     torch.manual_seed(2)
     x, dy = (torch.randn(B, T, config.d).to(DEVICE, dtype) for _ in range(2))
     y = block(x.requires_grad_(), *m.rope_table(T, config.head_dim, config.rope_theta, DEVICE))
@@ -340,7 +340,7 @@ def test_fused_block_watches_the_numbers_that_the_block_computed_layer_by_layer_
     seen = {True: [], False: []}
     for fused in seen:
         model = make(dataclasses.replace(TINY, layers=1), "moss", device=DEVICE, gain=4)
-        model.blocks[0].moss = fused
+        model.blocks[0].fused = fused
         for layer in model.linears():
             layer.health = {}
         monkeypatch.setattr(m, "fold_loss", lambda x, fmt: [seen[fused].append(x)])
@@ -507,3 +507,10 @@ def test_ranks_share_moments_and_the_weights_of_quantised_layers():
     assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
     assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
     assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))
+
+
+@pytest.mark.parametrize("change", [{"grad_format": "e5m2"}, {"rule": "floor"}, {"name": "mine"}], ids=str)
+def test_only_the_recipe_that_the_fused_functions_compute_is_fused(change, monkeypatch):
+    assert make(fp8="moss").blocks[0].fused
+    monkeypatch.setitem(m.RECIPES, "moss", dataclasses.replace(m.RECIPES["moss"], **change))
+    assert not make(fp8="moss").blocks[0].fused

@@ -291,6 +291,13 @@ def test_ranks_share_the_micro_batches_of_one_process(world, tiny, monkeypatch, 
     assert same(sorted(together, key=lambda batch: batch[0]), alone)
 
 
+def test_moss_takes_the_adamw_of_pytorch_as_well(tiny, tmp_path, monkeypatch, no_sample):
+    run(tiny("--fp8 moss --rescale_interval 2", "ours"))
+    monkeypatch.setattr(train, "FP8AdamW", lambda groups, layers, **options: torch.optim.AdamW(groups, **options))
+    run(tiny("--fp8 moss --rescale_interval 2", "theirs"))
+    assert same(checkpoint(tmp_path / "ours")["model"], checkpoint(tmp_path / "theirs")["model"])
+
+
 def test_only_rank_0_writes(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "DistributedDataParallel", FakeDDP)
     monkeypatch.setattr(train, "start_ranks", lambda _: train.Ranks(1, 2, CPU))
@@ -837,6 +844,7 @@ BAD_OPTIONS = {   # options: what the line says
     "--bench --fp8 none,e3m4": ["--fp8 e3m4", "no recipe"],
     "--fp8 none,moss": ["--fp8 none,moss", "no recipe"],   # several only to --bench
     "--recompute all": ["--recompute all", "none, act, block"],
+    "--fp8 group --recompute act": ["--recompute act", "group", "--recompute block"],
     "--device tpu": ["--device tpu", "no device", "use cpu"],
     "--device cuda:99": ["--device cuda:99", "GPU 99", "use --device cpu"],
     "--device meta": ["--device meta", "not supported", "use cpu"],
@@ -1503,4 +1511,4 @@ def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers(monkeypatc
 
 
 def test_shard_is_for_moss(tiny, tmp_path, capsys):
-    assert_refused(tiny("--fp8 tensor --shard"), ["--shard needs --fp8 moss", "tensor"], tmp_path, capsys)
+    assert_refused(tiny("--fp8 tensor --shard"), ["--shard is for recipes that predict", "tensor"], tmp_path, capsys)
