@@ -139,7 +139,8 @@ class WeightScales:
     mode      "predicted"  grow by the bound, and take the true maximum every `interval` steps (MOSS)
               "current"    true maximum after every step (just-in-time scaling)
               "delayed"    largest maximum of the last `history` steps before this one, as Transformer Engine
-                           does: quantising need not wait for a reduction, but growing weights saturate
+                           does: quantising need not wait for a reduction, but growing weights saturate (no recipe
+                           uses it)
     interval  steps between true maxima in predicted mode; 0 = never
 
     self.scale, (n,) float32, only changes in place: a layer may keep the view scale[i]. An all-zero weight
@@ -227,7 +228,8 @@ class FP8AdamW(torch.optim.AdamW):
 
     groups   of parameters, as for AdamW; weights of layers share no group with others
     layers   objects with `weight` (N, K) FP32 and its FP8 copies `w` (N, K) and `w_t` (K, N), Quantized, whose scale
-             is a view of WeightScales.scale; that has to hold the scale of the new weights when step() is called
+             is a view of WeightScales.scale; that has to hold the scale of the new weights when step() is called, or
+             the copies have to be made again afterwards, as train.py does at a true rescale
 
     State and results are those of AdamW (to rounding; options are lr, betas, eps, weight_decay and fused). Elsewhere it
     is AdamW alone and writes no copies.

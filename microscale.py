@@ -13,8 +13,8 @@ that a matrix product will sum over. The recipes differ in how many elements sha
     moss     FP32 global x E8M0 per 1 x 32,     FP32 per tensor, predicted   MOSS, arXiv 2511.05811
              folded into one per row            (autoscale.py)
 
-E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) takes the maximum of each block i of 32
-neighbours along C, s_i = max|X_i| / 448, and splits it into a global and a local part:
+E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) gives each block i of 32 neighbours along C
+the scale s_i = max|X_i| / 448, and splits that into a global and a local part:
 
     s = max_i s_i  (FP32, per tensor or row)    ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
     Q_i = E4M3(X_i / (s ss_i))                  X_i ~ Q_i s ss_i
@@ -29,6 +29,8 @@ of the row's maximum. Two things follow:
   - ss absorbs any s. With s = 1 the accuracy is the same to about a dB, no pass over the tensor finds a maximum, no
     state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
     of two. This is what `--fp8 moss` trains with.
+
+Norm, SwiGLU and RoPE are here, too: on a GPU the kernel that computes them also quantises.
 """
 
 import argparse
@@ -143,6 +145,32 @@ def stores_e8m0(block, rule):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The recipes
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the linear layers of a model quantise. `current`, `predicted`: see autoscale.py."""
+    name: str
+    act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
+    weight_block: tuple
+    rule: str                 # of activations and gradients, and of weights with weight_scale "block"
+    weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
+    grad_format: str = "e4m3"
+
+    def __str__(self):
+        return self.name
+
+
+RECIPES = {
+    "none": None,
+    "tensor": Recipe("tensor", (ALL, ALL), (ALL, ALL), "fp32", "current", grad_format="e5m2"),
+    "group": Recipe("group", (1, 128), (128, 128), "fp32", "block"),
+    "mx": Recipe("mx", (1, 32), (1, 32), "floor", "block"),
+    "moss": Recipe("moss", (1, ALL), (ALL, ALL), "up", "predicted"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
 # MOSS: two levels, and the fold that takes the second one out of the matrix product
 
 def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(ALL, ALL)):
@@ -163,7 +191,8 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
 def fold(q, fmt=E4M3):
     """Two-level Quantized -> one power-of-two scale per row. Exact while the folded number is normal.
 
-    No recipe calls it: rounding under the row's scale gives the same numbers in one step.
+    No recipe calls it: rounding under the row's scale, in one step, gives the same numbers where they are normal, and
+    better ones below.
     """
     ss = q.scale.float()
     row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
@@ -173,8 +202,8 @@ def fold(q, fmt=E4M3):
 
 def fold_loss(x, fmt=E4M3, block=32):
     """What folding costs on x (R, C): (share of the values that it changes, energy of the change / energy of x)."""
-    exact, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
-    change = folded - exact   # exact: two-level with s = 1
+    unfolded, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
+    change = folded - unfolded   # unfolded: two-level with s = 1
     return (change != 0).float().mean(), change.square().sum() / x.float().square().sum().clamp(min=1e-38)
 
 
@@ -355,7 +384,7 @@ def transpose(q, row_factor=None, fmt=E4M3):
     return transpose_reference(q, row_factor, fmt)
 
 
-def cdiv(a, b):   # Triton's own cost the host microseconds at every launch; so does its next_power_of_2
+def cdiv(a, b):   # Triton's own cdiv and next_power_of_2 take the host microseconds, at every launch
     return -(-a // b)
 
 
@@ -365,7 +394,7 @@ def power_of_two_from(n):
 
 
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
-MAX_ELEMENTS = 2**31  # from here on offsets do not fit into the 32-bit integers that kernels compute with
+MAX_ELEMENTS = 2**31  # from here on a column times its stride may not fit into the 32 bits that kernels give it
 
 if HAS_TRITON:
     # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
@@ -694,30 +723,7 @@ if HAS_TRITON:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The recipes
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the linear layers of a model quantise. `current`, `predicted`: see autoscale.py."""
-    name: str
-    act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
-    weight_block: tuple
-    rule: str                 # of activations and gradients, and of weights with weight_scale "block"
-    weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
-    grad_format: str = "e4m3"
-
-    def __str__(self):
-        return self.name
-
-
-RECIPES = {
-    "none": None,
-    "tensor": Recipe("tensor", (ALL, ALL), (ALL, ALL), "fp32", "current", grad_format="e5m2"),
-    "group": Recipe("group", (1, 128), (128, 128), "fp32", "block"),
-    "mx": Recipe("mx", (1, 32), (1, 32), "floor", "block"),
-    "moss": Recipe("moss", (1, ALL), (ALL, ALL), "up", "predicted"),
-}
-
+# Weights
 
 def quantize_weight(weight, recipe, scale=None):
     """W (N, K) -> FP8 W for fprop, which sums over K, and FP8 W^T (K, N) for dgrad, which sums over N.
