@@ -14,6 +14,7 @@ the same order from the same initial weights; with the same `--accum`, so do run
 
 import argparse
 import dataclasses
+import errno
 import functools
 import gc
 import glob
@@ -31,6 +32,7 @@ import zlib
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -406,6 +408,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: object = None   # torchrun's: what is written there outlives restarts
 
 
 def start_ranks(device):
@@ -424,17 +427,19 @@ def start_ranks(device):
                         f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = None
     if "RANK" in os.environ and not dist.is_initialized():
         try:
             store, rank, world = next(rendezvous("env://"))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
                                     store=dist.PrefixStore(name_of_start(store, rank, world), store),
+                                    timeout=timedelta(minutes=30),   # ranks may wait while a checkpoint is written
                                     device_id=device if device.type == "cuda" else None)
         except (ValueError, dist.DistError) as e:
             raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give each "
                            f"job a --master_port or --rdzv_endpoint of its own") from None
     if dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
     return Ranks(0, 1, device)
 
 
@@ -461,6 +466,12 @@ def name_of_start(store, rank, world):
 def all_sum(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -569,13 +580,13 @@ class Saver:
     def write(self, state):
         self.failed = None
         try:
-            write_checkpoint(self.out, state)
-            for old in checkpoints(self.out)[self.keep:]:
+            newest = write_checkpoint(self.out, state)   # by time: a damaged file may have a later step
+            for old in [path for path in checkpoints(self.out) if path != newest][self.keep - 1:]:
                 if int(CHECKPOINT.fullmatch(old.name)[1]) != state["best"][1]:
                     old.unlink()
-        except (OSError, RuntimeError) as e:   # a full disk is a RuntimeError of torch.save
+        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing here may pass for success
             self.failed = (f"the checkpoint of step {state['step']} could not be written ({e.__class__.__name__}: "
-                           f"{str(e).splitlines()[0]}): make room in {self.out}")
+                           f"{str(e).partition(chr(10))[0]}): make room in {self.out}")
             (self.out / "checkpoint.tmp").unlink(missing_ok=True)
 
     def wait(self):
@@ -627,6 +638,9 @@ def lock(out):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):   # a file system without locks: do without
+            raise
     return held
 
 
@@ -751,6 +765,9 @@ class Shards:
     def __init__(self, model, ranks):
         self.ranks, self.layers = ranks, {layer.weight: layer for layer in model.linears()}
         self.parameters, self.sent, self.sending = list(model.parameters()), [], False
+        if ranks.world > len(self.parameters):
+            raise UserError(f"--shard: {ranks.world} ranks are more than the {len(self.parameters)} parameters to own: "
+                            f"use fewer ranks, or leave --shard out")
         self.owner, load = {}, [0] * ranks.world
         for p in sorted(self.parameters, key=lambda p: -p.numel()):   # the largest first, to the least loaded rank
             self.owner[p] = load.index(min(load))
@@ -815,7 +832,10 @@ class Shards:
 def data_parallel(model, device):
     """DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, while the backward pass goes on."""
     gpu = device.type == "cuda"
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, gradient_as_bucket_view=True)
+    # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which a
+    # resumed run would not have had. (On GPUs attention alone makes two runs differ.)
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, gradient_as_bucket_view=True,
+                                  find_unused_parameters=not gpu)
     if gpu:
         ddp.register_comm_hook(None, bf16_compress_hook)
     return ddp
@@ -883,7 +903,8 @@ def first_non_finite(model, tokens, targets):
     fused = [block.fused for block in model.blocks]
     for block in model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
-    model(tokens, targets)
+    with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
+        model(tokens, targets)
     for block, was in zip(model.blocks, fused):
         block.fused = was
     for hook in hooks:
@@ -903,9 +924,11 @@ def scale_health(model, scales, shards=None):
     """
     health = {}
     if scales is not None:
-        known = [i for i, w in enumerate(scales.weights) if shards is None or shards.mine(w)]
-        least, most = scales.headroom()[known].aminmax()
-        health.update(scale_ratio=most.item(), scale_ratio_min=least.item())
+        ratio = scales.headroom()
+        known = torch.tensor([shards is None or shards.mine(w) for w in scales.weights], device=ratio.device)
+        ends = torch.stack([torch.where(known, end, -math.inf).max() for end in (ratio, -ratio)])
+        most, least = (all_max(ends) if shards else ends).tolist()
+        health.update(scale_ratio=most, scale_ratio_min=-least)
     records = [layer.health for layer in model.linears() if layer.health]
     for key in records[0] if records else ():
         health[key] = torch.stack([r[key] for r in records]).mean().item()
@@ -968,16 +991,25 @@ def sample(model, batches, device, seed, prompt=None, count=200):
 # The run
 
 class StopSignal:
-    """SIGINT or SIGTERM ask the loop to finish its step, save and leave; a second one ends the process at once."""
+    """SIGINT or SIGTERM ask the loop to finish its step, save and leave; a second one ends the process at once.
+
+    Under torchrun the same signal comes twice, from the terminal or the scheduler and from torchrun: what follows
+    within 5 seconds is taken for that.
+    """
 
     def __enter__(self):
-        self.received = False
+        self.received, self.since = False, math.inf
         self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def receive(self, *_):
-        self.received = True
-        self.__exit__()
+    def receive(self, number, _):
+        if not self.received:
+            self.received, self.since = True, time.monotonic()
+            if "TORCHELASTIC_RUN_ID" not in os.environ:
+                self.__exit__()
+        elif time.monotonic() - self.since > 5:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
@@ -1037,7 +1069,7 @@ def restore_scales(state, scales, c):
     if scales:
         if state["config"]["fp8"] == c.fp8:
             scales.load_state_dict(state["scales"])
-        if state["config"]["fp8"] != c.fp8 or scales.headroom().min() < 1:
+        if state["config"]["fp8"] != c.fp8 or all_max(-scales.headroom().min()) > -1:   # all ranks or none
             scales.anchor()
 
 
@@ -1075,9 +1107,14 @@ def train(config):
     device, main = ranks.device, ranks.rank == 0
     say = print if main else lambda *_: None
     c = resolve(config, device, ranks.world)
-    # torchrun --max-restarts started this again after a rank had died; it counts restarts node by node
+    # Did torchrun --max-restarts start this again after a rank had died? It counts restarts node by node. If no start
+    # before this one came as far as claiming the folder, what lies in it belongs to another run.
+    claimed, store = f"claimed {Path(c.out).resolve()}", ranks.store
+    in_vain = store is not None and store.check(["started"]) and not store.check([claimed])
     restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device))
-    if restarts > 0 and checkpoints(Path(c.out)):
+    if store is not None:
+        store.set("started", "")
+    if restarts > 0 and checkpoints(Path(c.out)) and not in_vain:
         c.resume = True
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
@@ -1092,6 +1129,10 @@ def train(config):
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
         restore_weights(state, model)
+    latest, earliest = all_max(torch.tensor([step, -step], device=device)).tolist()
+    if latest != -earliest:
+        raise RunError(f"the ranks found checkpoints of steps {-earliest} to {latest}: --out {out} has to be one "
+                       f"folder that all nodes see")
     shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
@@ -1110,6 +1151,8 @@ def train(config):
 
     # From here on files are written.
     held, log, board = claim(out, c, step) if main else (None, None, None)
+    if main and store is not None:
+        store.set(claimed, "")
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
     parameters = list(model.parameters())
     say(f"model   {c.model}: {sum(p.numel() for p in parameters):,} parameters, vocabulary {model.config.vocab}")
@@ -1129,6 +1172,7 @@ def train(config):
     saver = Saver(out, c.keep, say)
 
     def save():   # nothing random is drawn while training, and the data's place is the step: this is all there is
+        saver.wait()   # else a second copy of everything would be in memory
         weights, moments = collect_state(model, optimizer, shards, main)
         if main:
             saver.save({"model": weights, "optimizer": moments,
@@ -1167,7 +1211,10 @@ def train(config):
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
                 if in_a_row >= c.max_skips:
-                    first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
+                    try:
+                        first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
+                    except (UserError, OSError, ValueError) as e:
+                        first = f"its data: {e}"
                     saver.wait()
                     raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look at "
                                    f"the data; {last_good(out)}")
@@ -1202,6 +1249,7 @@ def train(config):
                     raise RunError(saver.failed)
                 say("stopped by a signal and saved; go on with the same command and --resume")
                 return None
+        saver.wait()   # a signal must not end the process before the last checkpoint is written
 
     seconds = time.perf_counter() - started
     if not saver.wait():
@@ -1362,6 +1410,13 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
+    if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:   # a checkpoint is being written
+                thread.join()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if dist.is_initialized():
         gc.collect()   # frees DDP: what still holds the process group keeps its threads running into Python's end
         dist.destroy_process_group()

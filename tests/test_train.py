@@ -8,6 +8,7 @@ The runs are tiny (nano, 16 tokens x 2 sequences, a few steps) and in this proce
 
 import copy
 import dataclasses
+import errno
 import gc
 import itertools
 import json
@@ -426,6 +427,68 @@ def test_gradients_sent_in_bf16_move_the_weights_of_two_gpus_by_little(more, on_
         assert (a - b).norm() < 0.05 * (a - first.cpu()).norm(), name
 
 
+def test_two_processes_log_the_health_of_all_scales_whoever_owns_them(two_ranks, no_sample):
+    folder, command = two_ranks
+    run([*command, "--out", str(folder / "alone")])
+    alone, two = ([(r.get("scale_ratio"), r.get("scale_ratio_min")) for r in read_log(folder / out)]
+                  for out in ("alone", "two"))
+    assert alone == two
+
+
+def test_a_rank_that_owns_no_scale_has_no_health_to_add():
+    c = config(fp8="moss")
+    model = train.make_model(c, CPU)
+    scales = train.make_scales(model, train.make_optimizer(model, c), c)
+    health = train.scale_health(model, scales, SimpleNamespace(mine=lambda p: False))
+    assert health["scale_ratio"] == -math.inf and health["scale_ratio_min"] == math.inf
+
+
+def test_more_ranks_than_parameters_cannot_share_them():
+    with pytest.raises(train.UserError, match="--shard: 1000 ranks are more than the"):
+        train.Shards(train.make_model(config(fp8="moss"), CPU), train.Ranks(0, 1000, CPU))
+
+
+def test_ranks_that_resume_at_different_steps_are_stopped(tiny, monkeypatch):
+    monkeypatch.setattr(train, "all_max", lambda tensor: torch.tensor([4, -2]))   # another rank found a later one
+    with pytest.raises(train.RunError, match="steps 2 to 4: --out .* has to be one folder"):
+        run(tiny())
+
+
+def test_scales_are_measured_on_all_ranks_if_a_weight_of_one_exceeds_them(monkeypatch):
+    monkeypatch.setattr(train, "all_max", lambda worst: worst.new_tensor(-0.9))
+    anchored = []
+    scales = SimpleNamespace(load_state_dict=lambda _: None, headroom=lambda: torch.tensor([1.0, 1.2]),
+                             anchor=lambda: anchored.append(1))
+    train.restore_scales({"config": {"fp8": "moss"}, "scales": None}, scales, config(fp8="moss"))
+    assert anchored
+
+
+def test_a_restart_after_a_start_in_vain_does_not_go_on_with_an_earlier_run(tiny, tmp_path, no_sample):
+    run(tiny("--fp8 none --steps 2"))
+    earlier = newest(tmp_path / "out")
+    (tmp_path / "script.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.sample = lambda *_: ""
+real = train.build
+def killed(*arguments):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+train.build = killed
+code = train.main(sys.argv[1:])
+train.dist.destroy_process_group()
+sys.exit(code)
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--rdzv_backend", "c10d",
+                "--rdzv_endpoint", f"localhost:{free_port()}", str(tmp_path / "script.py")]
+    done = subprocess.run([*torchrun, *tiny("--fp8 none --steps 2 --seed 1")], capture_output=True, text=True,
+                          timeout=90)
+    assert done.returncode == 0 and "resumed" not in done.stdout, done.stderr
+    assert (tmp_path / "out.1" / earlier.name).exists()
+
+
 def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
     more = "--fp8 moss --steps 4 --eval_every 2"
     with monkeypatch.context() as patch:
@@ -660,6 +723,65 @@ def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch):
 def full_disk(state, f):
     f.write(b"half a checkpoint")
     raise OSError(28, "No space left on device")
+
+
+def test_under_torchrun_a_signal_that_comes_twice_is_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    with train.StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tiny, tmp_path, monkeypatch, no_sample):
+    original, too_late = train.write_checkpoint, []
+
+    def write(out, state):
+        if state["step"] == 4:
+            time.sleep(0.5)   # the loop has ended
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(out, state)
+    monkeypatch.setattr(train, "write_checkpoint", write)
+    before = signal.signal(signal.SIGTERM, lambda *_: too_late.append(1))
+    run(tiny("--fp8 none"))
+    signal.signal(signal.SIGTERM, before)
+    assert not too_late and "step_00000004" in newest(tmp_path / "out").name
+
+
+def test_a_checkpoint_that_was_just_written_stays_beside_a_damaged_later_one(tmp_path):
+    (tmp_path / "step_00000006_deadbeef.pt").write_bytes(b"damaged")
+    train.Saver(tmp_path, 1, print).write({"step": 5, "best": [1.0, 3]})
+    assert any("step_00000005" in path.name for path in train.checkpoints(tmp_path))
+
+
+def test_nothing_that_goes_wrong_with_a_checkpoint_passes_for_success(tmp_path, monkeypatch):
+    def write(out, state):
+        raise MemoryError
+    monkeypatch.setattr(train, "write_checkpoint", write)
+    saver = train.Saver(tmp_path, 1, print)
+    saver.save({"step": 5, "best": [1.0, 3]})
+    assert not saver.wait() and "MemoryError" in saver.failed
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tiny, monkeypatch, no_sample):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run(tiny("--fp8 none --steps 2"))["steps"] == 2
+
+
+def test_a_run_whose_data_are_gone_says_so(tiny, monkeypatch, no_sample):
+    original = train.Batches.step
+
+    def step(self, number, micro, device):
+        if number >= 2:
+            raise OSError(errno.ENOENT, "No such file")
+        return original(self, number, micro, device)
+    monkeypatch.setattr(train.Batches, "step", step)
+    with pytest.raises(train.RunError, match="first its data: .*No such file"):
+        run(tiny("--fp8 none --max_skips 2"))
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
@@ -1190,6 +1312,16 @@ def poisoned_model(recipe, weight_value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_first_layer_whose_output_is_not_finite_is_found(recipe, value):
     assert train.first_non_finite(*poisoned_model(recipe, value)) == f"the output of {POISONED}"
+
+
+def test_the_first_layer_is_found_in_a_compiled_model_too():
+    torch._dynamo.reset()
+    net, tokens, targets = poisoned_model("none", None)
+    net.compile(backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        net(tokens, targets)   # now there is a graph that knows no hooks
+        dict(net.named_modules())[POISONED].weight[3, 5] = math.nan
+    assert train.first_non_finite(net, tokens, targets) == f"the output of {POISONED}"
 
 
 @pytest.mark.parametrize("recipe", ["none", "moss"])
