@@ -1076,7 +1076,7 @@ def restore_scales(state, scales, c):
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
     """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss.
 
-    watching: the layers note the health of their scales, in the last micro-batch: in each it would double the time.
+    watching: the layers note the health of their scales, in the last micro-batch alone, for it takes time.
     """
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
