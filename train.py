@@ -145,6 +145,9 @@ def resolve(c, device, world):
     for fp8 in c.fp8.split(",") if c.bench else [c.fp8]:
         if fp8 not in RECIPES:
             raise UserError(f"--fp8 {fp8} is no recipe: choose one of {', '.join(RECIPES)}")
+        if c.shard and (fp8 == "none" or RECIPES[fp8].weight_scale != "predicted"):
+            raise UserError(f"--shard is for recipes that predict weight scales, like --fp8 moss, not {fp8}: else a "
+                            f"rank has to see all weights")
     if c.model not in PRESETS:
         raise UserError(f"--model {c.model} is no preset: choose one of {', '.join(PRESETS)}")
     if c.recompute not in RECOMPUTE:
@@ -181,9 +184,6 @@ def resolve(c, device, world):
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {cdiv(c.accum, world) * world}")
-    if c.shard and (c.fp8 == "none" or RECIPES[c.fp8].weight_scale != "predicted"):
-        raise UserError(f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: else a rank "
-                        f"has to see all weights")
     if c.recompute == "act" and c.fp8 != "moss" and not c.bench:
         raise UserError(f"--recompute act is for --fp8 moss, not {c.fp8}: use --recompute block")
     if c.fp8 != "none" and c.batch * c.seq % 16:
@@ -807,7 +807,7 @@ class Shards:
     def share(self, scales, measured):
         """Sends what the owners have to all ranks, after a step or at the start."""
         if measured:   # what a rank does not own looks like zeros to it
-            dist.all_reduce(scales.scale, dist.ReduceOp.MAX)
+            all_max(scales.scale)
         work = []
         for i, (p, layer) in enumerate(self.layers.items()):
             if layer.w is None:
@@ -1249,11 +1249,10 @@ def train(config):
                     raise RunError(saver.failed)
                 say("stopped by a signal and saved; go on with the same command and --resume")
                 return None
-        saver.wait()   # a signal must not end the process before the last checkpoint is written
+        seconds = time.perf_counter() - started
+        if not saver.wait():   # a signal must not end the process before the last checkpoint is written
+            raise RunError(saver.failed)
 
-    seconds = time.perf_counter() - started
-    if not saver.wait():
-        raise RunError(saver.failed)
     if main:
         log.close()
         held.close()

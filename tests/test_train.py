@@ -504,7 +504,7 @@ def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
 
 
-@pytest.mark.parametrize("nodes, victim", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("nodes, victim", [(1, 0), (1, 1), (2, 1)])
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
         nodes, victim, tmp_path, no_sample):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -966,6 +966,7 @@ BAD_OPTIONS = {   # options: what the line says
     "--bench --fp8 none,e3m4": ["--fp8 e3m4", "no recipe"],
     "--fp8 none,moss": ["--fp8 none,moss", "no recipe"],   # several only to --bench
     "--recompute all": ["--recompute all", "none, act, block"],
+    "--bench --shard": ["--shard is for recipes that predict", "none"],
     "--fp8 group --recompute act": ["--recompute act", "group", "--recompute block"],
     "--device tpu": ["--device tpu", "no device", "use cpu"],
     "--device cuda:99": ["--device cuda:99", "GPU 99", "use --device cpu"],
