@@ -502,13 +502,15 @@ if HAS_TRITON:
         return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
 
     @triton.jit
-    def load_row(ptr, r, c, C, stride_r, stride_c):
+    def load_row(ptr, r, c, C, stride_r, stride_c, EVICT: tl.constexpr = tl.constexpr("")):
+        """Columns c of rows r as float32. EVICT "evict_last": they are read again, so L2 should keep them."""
         at = r[:, None] * stride_r + c[None, :] * stride_c
-        return tl.load(ptr + at, mask=(c < C)[None, :], other=0.0).to(tl.float32)
+        return tl.load(ptr + at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
 
     @triton.jit
-    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr = True):
-        tl.store(q_ptr + r[:, None] * stride_r + c[None, :], to_fp8(x, IS_E4M3), mask=(c < C)[None, :])
+    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr = True, EVICT: tl.constexpr = tl.constexpr("")):
+        at = r[:, None] * stride_r + c[None, :]
+        tl.store(q_ptr + at, to_fp8(x, IS_E4M3), mask=(c < C)[None, :], eviction_policy=EVICT)
 
     @triton.jit
     def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, NORM: tl.constexpr,
@@ -552,21 +554,22 @@ if HAS_TRITON:
             return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
     @triton.jit
-    def load_halves(h_ptr, r, c, F):
+    def load_halves(h_ptr, r, c, F, EVICT: tl.constexpr = tl.constexpr("")):
         """Columns c of gate and of up, rows r of h (R, 2 F)."""
-        return load_row(h_ptr, r, c, F, 2 * F, 1), load_row(h_ptr + F, r, c, F, 2 * F, 1)
+        return load_row(h_ptr, r, c, F, 2 * F, 1, EVICT), load_row(h_ptr + F, r, c, F, 2 * F, 1, EVICT)
 
     @triton.jit
     def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
         """`swiglu_rows_reference` of one row, which is read twice, the second time out of the L2 cache.
 
         To keep 22016 numbers in registers, as above, leaves room for one program per SM, and while it computes nothing
-        is read: 640 us for 16384 rows, and 345 us this way.
+        is read: 640 us for 16384 rows, and 346 us this way. To tell the cache what is read again, and what is not, saves
+        another 18 us.
         """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
         for first in range(0, F, BLOCK):
-            gate, up = load_halves(h_ptr, r, first + tl.arange(0, BLOCK), F)
+            gate, up = load_halves(h_ptr, r, first + tl.arange(0, BLOCK), F, "evict_last")
             a_amax = tl.maximum(a_amax, magnitude(gate * sigmoid(gate) * up))
             h_amax = tl.maximum(h_amax, tl.maximum(magnitude(gate), magnitude(up)))
         a_scale, a_inverse = scale_of(tl.max(a_amax, axis=1)[:, None], "up")
@@ -575,10 +578,10 @@ if HAS_TRITON:
         tl.store(h_scale_ptr + r[:, None], h_scale)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
-            gate, up = load_halves(h_ptr, r, c, F)
-            store_row(a_q_ptr, gate * sigmoid(gate) * up * a_inverse, r, c, F, F)
-            store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F)
-            store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F)
+            gate, up = load_halves(h_ptr, r, c, F, "evict_first")
+            store_row(a_q_ptr, gate * sigmoid(gate) * up * a_inverse, r, c, F, F, EVICT="evict_first")
+            store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
+            store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
 
     def swiglu_rows_triton(h):
         R, ffn = h.shape[0], h.shape[1] // 2

@@ -350,6 +350,12 @@ def loss_and_gradient_(logits, targets, count):
     return loss
 
 
+@compiled
+def times(x, factor):
+    """x factor, rounded once: on a GPU x * factor rounds the factor, too, to the dtype of x: 1/3 by 0.13% in BF16."""
+    return (x.float() * factor).to(x.dtype)
+
+
 class HeadLoss(torch.autograd.Function):
     """x (T, d), W (vocab, d), targets (T) -> mean cross-entropy of x W^T, in FP32 for `CHUNK` tokens at a time.
 
@@ -376,8 +382,7 @@ class HeadLoss(torch.autograd.Function):
     @torch.compiler.disable(recursive=False)
     def backward(ctx, dloss):
         x, weight, gradient = ctx.saved_tensors
-        dx = (gradient @ weight.to(x.dtype)) * dloss
-        return dx, (gradient.t() @ x).to(weight.dtype) * dloss, None, None
+        return times(gradient @ weight.to(x.dtype), dloss), (gradient.t() @ x).to(weight.dtype) * dloss, None, None
 
 
 @torch.compiler.disable(recursive=False)   # a model that is compiled whole leaves this as it is
