@@ -756,7 +756,7 @@ class Shards:
 
         after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner while the backward pass goes on
         after the step   quantised weights: W in FP8 from the owner to all, each of which makes its W^T of it;
-                         embedding, head and norms in FP32
+                         embedding, head and norms in BF16 (FP32 on a CPU), in which the model computes with them
 
     That is 2 + 1 bytes a parameter instead of the 4 of BF16 gradients and weights. It takes no exchange of scales: they
     are predicted, by the same arithmetic on all ranks. Only where they are measured do the owners tell the others.
@@ -780,11 +780,15 @@ class Shards:
     def mine(self, p):
         return self.owner[p] == self.ranks.rank
 
+    @staticmethod
+    def dtype(p):
+        return torch.bfloat16 if p.is_cuda else torch.float32
+
     def send(self, p):
         """Called in the backward pass when the gradient of p is complete; the last micro-batch's goes out."""
         if not self.sending:
             return
-        gradient = p.grad.to(torch.bfloat16 if p.is_cuda else p.dtype) / self.ranks.world
+        gradient = p.grad.to(self.dtype(p)) / self.ranks.world
         p.grad = p.grad if self.mine(p) else None
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
@@ -801,7 +805,7 @@ class Shards:
         while self.sent:
             self.receive(self.sent.pop(0))
         zero = torch.zeros((), device=self.parameters[0].device)
-        norms = [torch.linalg.vector_norm(p.grad) if self.mine(p) else zero for p in self.parameters]
+        norms = [torch.nn.utils.get_total_norm([p.grad]) if self.mine(p) else zero for p in self.parameters]
         return torch.linalg.vector_norm(all_sum(torch.stack(norms)))
 
     def share(self, scales, measured):
@@ -815,9 +819,13 @@ class Shards:
                 data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
                 layer.w, layer.w_t = Quantized(data, scale, (ALL, ALL)), Quantized(None, scale, (ALL, ALL))
             work.append(dist.broadcast(layer.w.data.view(torch.uint8), self.owner[p], async_op=True))
-        work += [dist.broadcast(p.data, self.owner[p], async_op=True) for p in self.owner if p not in self.layers]
+        others = {p: p.data.to(self.dtype(p)) for p in self.owner if p not in self.layers}
+        work += [dist.broadcast(data, self.owner[p], async_op=True) for p, data in others.items()]
         for message in work:
             message.wait()
+        for p, data in others.items():
+            if not self.mine(p):
+                p.data.copy_(data)
         for p, layer in self.layers.items():
             if not self.mine(p):
                 layer.w_t.data = transpose(layer.w.data)
@@ -848,7 +856,7 @@ def traffic(model, device, shards):
     name, width = ("BF16", 2) if device.type == "cuda" else ("FP32", 4)
     parts = [(width * everything, f"of gradients in {name}, {'to their owners' if shards else 'all-reduced'}")]
     if shards:
-        parts += [(linear, "of weights in FP8"), (4 * (everything - linear), "of other weights in FP32")]
+        parts += [(linear, "of weights in FP8"), (width * (everything - linear), f"of other weights in {name}")]
     return ", ".join(f"{size / 2**20:,.1f} MiB {what}" for size, what in parts)
 
 
