@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -285,7 +286,8 @@ def list_files(root, pattern="*"):
 def open_data(source):
     """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
 
-    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder.
+    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder. (Of a
+    pattern: below the folder that holds all its files.)
     Without these it is a twentieth: of the files, chosen by a checksum of their names, if there are at least 40, else
     of the tokens, the last ones.
     """
@@ -302,7 +304,8 @@ def open_data(source):
     if sum(count for (_, _, count), _ in parts) == 0:
         raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
     dtype = dtypes.pop()
-    names = [p.relative_to(root).as_posix() if root.is_dir() else p.name for p in files]
+    top = root if root.is_dir() else os.path.commonpath([p.parent for p in files])
+    names = [p.relative_to(top).as_posix() for p in files]
     of_text = files[0].suffix not in (".bin", ".npy")
     named_val = r"^val(idation)?(\.[^/]*)?$" if of_text else r"(?<![^\W_])val(idation)?(?![^\W_])"
     chosen = set()
@@ -976,10 +979,11 @@ def progress_line(record, c, seconds_left):
 
 
 def about_run(c, ranks):
-    """What one has to know to repeat a run: options, versions, hardware."""
+    """What one has to know to repeat a run: command, options, versions, hardware."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return {"config": dataclasses.asdict(c), "hardware": f"{ranks.world} x {name}", "torch": torch.__version__,
-            "triton": triton.__version__ if HAS_TRITON else None, "python": sys.version.split()[0]}
+    return {"command": shlex.join(sys.argv), "config": dataclasses.asdict(c), "hardware": f"{ranks.world} x {name}",
+            "torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None,
+            "python": sys.version.split()[0]}
 
 
 def json_line(record):

@@ -1376,7 +1376,7 @@ def test_the_log_has_a_json_object_per_line(tiny, tmp_path, no_sample):
 def test_the_first_line_of_the_log_says_what_was_run_on_what(tiny, tmp_path, no_sample):
     run(tiny("--fp8 none --seed 7"))
     first, *others = read_log(tmp_path / "out")
-    assert first["config"]["seed"] == 7 and first["config"]["model"] == "nano"
+    assert first["config"]["seed"] == 7 and first["config"]["model"] == "nano" and first["command"]
     assert first["torch"] == torch.__version__ and first["hardware"] == f"1 x {os.cpu_count()} CPU cores"
     assert not any("config" in record for record in others)
 
@@ -1640,6 +1640,18 @@ def test_a_pattern_names_data_files(tmp_path):
     np.save(tmp_path / "other.npy", np.full(100, 9, np.int32))
     train_tokens, val_tokens, _ = train.open_data(str(tmp_path / "part*.npy"))
     assert len(train_tokens) + len(val_tokens) == 300 and set(train_tokens.read(0, 285)) == {0, 1, 2}
+
+
+def test_names_of_validation_data_mean_the_same_in_a_pattern_as_in_a_folder(tmp_path):
+    for folder, value in (("train", 1), ("val", 2)):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "a.npy", np.full(100, value, np.int32))
+        (tmp_path / folder / "validation.txt").write_text(folder * 100)   # no file of this tree's root: data like others
+    for pattern in ("", "*/*.npy", "**/*.npy"):
+        _, val_tokens, _ = train.open_data(str(tmp_path / pattern))
+        assert all_of(val_tokens) == [2] * 100
+    train_tokens, val_tokens, _ = train.open_data(str(tmp_path / "**/*.txt"))
+    assert len(val_tokens) == 40 and len(train_tokens) == 760   # the last twentieth
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path):
