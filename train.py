@@ -286,8 +286,8 @@ def list_files(root, pattern="*"):
 def open_data(source):
     """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
 
-    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder. (Of a
-    pattern: below the folder that holds all its files.)
+    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder. (For
+    a pattern that is the folder that holds all its files.)
     Without these it is a twentieth: of the files, chosen by a checksum of their names, if there are at least 40, else
     of the tokens, the last ones.
     """

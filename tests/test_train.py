@@ -1646,7 +1646,7 @@ def test_names_of_validation_data_mean_the_same_in_a_pattern_as_in_a_folder(tmp_
     for folder, value in (("train", 1), ("val", 2)):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / "a.npy", np.full(100, value, np.int32))
-        (tmp_path / folder / "validation.txt").write_text(folder * 100)   # no file of this tree's root: data like others
+        (tmp_path / folder / "validation.txt").write_text(folder * 100)   # not in the tree's root: like other text
     for pattern in ("", "*/*.npy", "**/*.npy"):
         _, val_tokens, _ = train.open_data(str(tmp_path / pattern))
         assert all_of(val_tokens) == [2] * 100
