@@ -10,9 +10,9 @@ saturate. Reading every weight after every step just to find its maximum costs m
 
     s_t = s_0 + eta t / 448          because |m_hat / sqrt(v_hat)| <= 1      (its Theorem 2)
 
-is large enough, and only every 500 steps is the true maximum taken. This file keeps the idea and repairs the bound:
-|m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_t comes from Cauchy-Schwarz (adam_update_bound),
-and together with decoupled weight decay lambda and any schedule eta_t, a scale that provably suffices is
+is large enough, and only every 500 steps is the true maximum taken: a true rescale, or anchor. This file keeps the
+idea and repairs the bound: |m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_t comes from Cauchy-Schwarz
+(adam_update_bound), and with decoupled weight decay lambda and any schedule eta_t a scale that provably suffices is
 
     s_t = s_{t-1} |1 - eta_t lambda| + eta_t kappa_t / 448
 
@@ -62,7 +62,7 @@ def geometric_sum(ratio: float, t: int) -> float:
 
 def check_adam_arguments(t: int, beta1: float, beta2: float) -> None:
     if t < 1:
-        raise ValueError(f"t = {t}: Adam counts its steps from 1; pass the step count after optimizer.step()")
+        raise ValueError(f"t = {t}: Adam counts its steps from 1")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} = {beta} gives no moving average; choose it in [0, 1), for example 0.9")
@@ -184,15 +184,13 @@ class WeightScales:
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
 
     def update(self, lr: float, betas: tuple, weight_decay: float, step: int) -> None:
-        """Follow an optimizer step. Call it once after each step that really ran, never after a skipped one.
+        """Follow an optimizer step. Call it once for every step that is not skipped: after it where measures(step).
 
         lr, betas and the decoupled weight_decay are those of that step; `step` is Adam's own count, from 1.
         Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds the scale. The
         absolute value keeps that true where lr weight_decay > 1. The host never waits for the GPU.
         """
-        if self.mode == "current":
-            self.scale.copy_(self.true_scale())
-        elif self.mode == "delayed":
+        if self.mode == "delayed":
             self.scale.copy_(self.scale_history.amax(dim=0))
             self.scale_history[step % len(self.scale_history)] = self.true_scale()
         elif self.measures(step):

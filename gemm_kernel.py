@@ -13,8 +13,8 @@ or 128 of K, by ordinary FP32 instructions, while the tensor cores wait. If they
 
     Y[m, n] = scale_a[m] scale_b[n] sum_k Q_a[m, k] Q_b[n, k]
 
-and the main loop is nothing but tensor-core work (MOSS, arXiv 2511.05811; microscale.py says how a
-microscaled activation gets there: `fold`). A linear layer does this three times,
+and the main loop applies none (MOSS, arXiv 2511.05811; microscale.py says how a microscaled activation gets there:
+`fold`). A linear layer does this three times (the last ^T of a line is that of A B^T),
 
     fprop   Y  (T, N) = X  (T, K)   W  (N, K)^T         sums over K
     dgrad   dX (T, K) = dY (T, N)   W^T(K, N)^T         sums over N
@@ -23,7 +23,7 @@ microscaled activation gets there: `fold`). A linear layer does this three times
 Hopper's FP8 tensor cores keep about 14 bits of a running sum and cut off the rest. Where terms cancel, as they mostly
 do, that costs 1.3e-3 of the result at K = 4096 and 3.1e-3 at 16384. Where nearly all have one sign (operands of mean 2
 and deviation 1), every cut goes the same way, and at 16384 a quarter of the sum is gone. fprop lives with that, as it
-does elsewhere; dgrad and wgrad set the sum aside every 16 x 128 of K and start a new one (`promote`), which leaves
+does elsewhere; dgrad and wgrad set the upper 16 bits of the sum aside every 16 x 128 of K (`promote`), which leaves
 0.9e-3, and 2.8% where the signs agree.
 """
 
@@ -55,7 +55,7 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
     return (product if add is None else product + add.float()).to(out_dtype)
 
 
-def kernel_scales(a, b):
+def kernel_can_scale(a, b):
     """Whether the kernel can apply these scales: A's per row or one, and one of B; or both in equal steps along K."""
     if a.block[1] == ALL:
         return a.block[0] in (1, ALL) and b.block == (ALL, ALL)
@@ -65,14 +65,14 @@ def kernel_scales(a, b):
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     """Quantized a (M, K), b (N, K) -> (M, N) in `out_dtype`, by the fastest way this device has.
 
-    promote   set partial sums aside in FP32 (dgrad, wgrad)
+    promote   set the upper bits of the running sum aside every 2048 of K (dgrad, wgrad)
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`; with add = out it accumulates
 
-    With a scale per 32 of K, operands made BF16 and a BF16 product are faster on Hopper than scaling in the loop. Under
-    powers of two (`mx`) that is exact, else each is rounded once. So are blocks that the kernel cannot scale.
+    With a scale per 32 of K, operands made BF16 and a BF16 product are faster on Hopper than scaling in the loop, and
+    exact under powers of two (`mx`); other scales round them. Blocks that the kernel cannot scale go the same way.
     """
     fp8 = has_fp8_tensor_cores(a.data.device)
-    if fp8 and a.block[1] != 32 and kernel_scales(a, b):
+    if fp8 and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if fp8 else torch.float32)
     return product if out is None else out.copy_(product)
@@ -137,6 +137,7 @@ if HAS_TRITON:
                     applied once at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
         PROMOTE     0: the tensor core keeps the sum; p: it is set aside every p x BLOCK_K of K.
         FLATTEN     tile and K loop become one, so that the next tile is fetched while this one is written.
+        TMA_STORE   the tensor memory accelerator writes the tile: it can, if rows start at multiples of 16 bytes.
         Loads past the edge of A or B give zeros, which add nothing. The tile passes through shared memory on its way
         out, in halves or QUARTERS: whole, it would not fit beside A and B.
         """
@@ -216,11 +217,11 @@ if HAS_TRITON:
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`.
 
-        Raises ValueError for scales that are not as `kernel_scales` says, and where K is not a multiple of 16: the
+        Raises ValueError for scales that are not as `kernel_can_scale` says, and where K is not a multiple of 16: the
         tensor memory accelerator moves 16 bytes at least.
         """
         (M, K), N = a.data.shape, b.data.shape[0]
-        if not kernel_scales(a, b):
+        if not kernel_can_scale(a, b):
             raise ValueError(f"FP8 GEMM of blocks {a.block} and {b.block}: scales along K have to change on both sides "
                              f"at once, else B has one scale; use matmul, which multiplies such blocks in BF16")
         if K % 16:
@@ -234,7 +235,7 @@ if HAS_TRITON:
             if tensor is not None and (tensor.shape != (M, N) or not tensor.is_contiguous()):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: a contiguous ({M}, {N}) is needed")
         quarters = BLOCK_N == 256 and (c.element_size() > 2 or add is not None)
-        tma_store = N * c.element_size() % 16 == 0   # else its rows do not start where the accelerator can write
+        tma_store = N * c.element_size() % 16 == 0
         # in the loop, the scales of one step along K lie side by side
         scales = [s.float().t().contiguous() if in_loop else s for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
@@ -278,10 +279,9 @@ class FP8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
-        x_t = Quantized(*ctx.saved_tensors, recipe.act_block)
-        dy_q, dy_t = quantize_for_both_sums(dy, fmt, recipe)
-        if recipe.act_block == (1, ALL):
-            dy_t, x_t = transpose_for_wgrad(dy_q, x_t, fmt)
+        x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
+        dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
+        dy_t, x_t = transpose_for_wgrad(dy_q, x_kept, fmt) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         return dx, matmul(dy_t, x_t, ctx.weight_dtype, promote=True), None, None, None
 
@@ -290,8 +290,8 @@ def transpose_for_wgrad(dy, x, dy_fmt):
     """Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale per tensor.
 
     dW[n, k] = sum_t s_dy[t] s_x[t] dY[t, n] X[t, k]: the scales of a token cannot leave a sum over tokens. Their
-    product, taken relative to its largest, is multiplied into dY^T, exactly as long as the result is normal: a
-    token loses bits only if its product of scales is about 2^-14 of the largest. X^T is X transposed, unchanged.
+    product, taken relative to its largest, is multiplied into dY^T, exactly as long as the result is normal: only
+    numbers of about 2^-14 of the largest possible, or less, lose bits. X^T is X transposed, unchanged.
 
     This reads and writes FP8 twice, 93 us for 16384 x 4096 together with the quantiser. Writing rows and columns from
     one reading of BF16 would need the largest scale before the first token is read; a kernel that reads a slab of

@@ -30,7 +30,7 @@ of the row's maximum. Two things follow:
     state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
     of two. This is what `--fp8 moss` trains with.
 
-Norm, SwiGLU and RoPE are here, too: on a GPU the kernel that computes them also quantises.
+Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantise (that of RoPE in the backward pass).
 """
 
 import argparse
@@ -122,7 +122,7 @@ def scale_from_amax(amax, fmt, rule):
 
 
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or are the given (1, 1) `scale`.
+    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or `scale` holds them.
 
     C is the axis that will be summed over. For another axis, of length n, pass x.movedim(axis, -1).reshape(-1, n).
     x is multiplied by 1 / scale, which is rounded once per block: on a GPU, dividing every value takes longer than
@@ -268,8 +268,9 @@ def swiglu_backward_reference(h, da):
     """Quantized h (R, 2 F), da (R, F) -> Quantized `swiglu_gradient`.
 
     The scale is that of a bound: |d gate| <= 1.1 |da up|, for no slope of silu is steeper, and |d up| <= |da gate|. So
-    it is known before a sigmoid is taken. Next to the scale of the maximum it is mostly the same, else twice that or
-    four times: less range at the lower end, and the same precision above it.
+    it is known before a sigmoid is taken. Mostly it is the scale of the maximum, or 2 or 4 times that: less range at the
+    lower end, and the same precision above it. (It is far more in rows whose gates are all far below zero: there the
+    gradient is next to nothing, and becomes zero.)
     """
     h = h.dequantize()
     gate, up = h.chunk(2, dim=1)
@@ -314,6 +315,7 @@ def kernels_take(x):
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores.
 
+    A given `scale` is (1, 1).
     Blocks of 128 x 128, of which there are only weights, are left to PyTorch.
     """
     if scale is None and block == (ALL, ALL):
@@ -563,7 +565,7 @@ if HAS_TRITON:
         """`swiglu_rows_reference` of one row, which is read twice, the second time out of the L2 cache.
 
         To keep 22016 numbers in registers, as above, leaves room for one program per SM, and while it computes nothing
-        is read: 640 us for 16384 rows, and 346 us this way. Telling the cache what will be read again, and what will not,
+        is read: 640 us for 16384 rows, and 346 us this way. Telling the cache what will be read again and what will not
         saves another 18 us.
         """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)

@@ -12,8 +12,8 @@ The four linear layers of a block hold 94% of the parameters of OLMo-7B and do 9
 are what a recipe quantises. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU); the weights that
 the optimizer sees are FP32.
 
-`moss` computes a block in three pieces, each with its own backward pass (below: "The dataflow of moss"), so that a
-number becomes FP8 in the kernel that makes it, and nothing but FP8 waits for the backward pass where FP8 will do.
+`moss` computes a block in three pieces, each with its own backward pass (below: "The dataflow of moss"), so that most
+numbers become FP8 in the kernel that makes them, and only FP8 waits for the backward pass where FP8 will do.
 The other recipes quantise what PyTorch's norm, attention and SwiGLU hand to each linear layer.
 """
 
@@ -117,8 +117,9 @@ class Linear(nn.Module):
         return y
 
     def watch(self, x, suffix, make=lambda rows: rows):
-        """Records of X or dY, the first WATCHED rows of make(x), the share that saturates and the share that folding
-        changes. (Of dY of gate_up it changes a few more: `swiglu_backward` scales by a bound, not by the maximum.)"""
+        """Records which shares saturate and are changed by folding, in the first WATCHED rows of make(x): of X, or of dY
+        with suffix "_grad". (In dY of gate_up it changes a few more: `swiglu_backward` scales by a bound of its maximum.)
+        """
         if self.health is None:
             return
         x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
@@ -181,7 +182,7 @@ def attention(q, k, v, cache=None):
 # ---------------------------------------------------------------------------------------------------
 # The dataflow of moss
 
-# What the functions below compute, and no other recipe: those run layer by layer.
+# The functions below compute exactly this. All that differs, a changed RECIPES["moss"] too, runs layer by layer.
 FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
 
 

@@ -103,7 +103,7 @@ class Config:
     resume: bool = opt(False, "go on from the newest checkpoint in --out that is whole")
     # time and memory
     recompute: str = opt("none", "made again in the backward pass instead of kept: none, act (of moss, the FP8 inputs "
-                                 "of linear layers) or block (all but the inputs of blocks)")
+                                 "of qkv, out and gate_up) or block (all but the inputs of blocks)")
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
     # instead of training
     eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out")
@@ -885,7 +885,7 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     optimizer.step()
     if scales and not predicted:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
-    if not predicted or not getattr(optimizer, "layers", None):   # FP8AdamW's, on a GPU
+    if not predicted or not getattr(optimizer, "layers", None):   # else FP8AdamW has written them
         requantize(model, scales, shards)
     if shards:
         shards.share(scales, measured=not predicted)
@@ -941,7 +941,7 @@ def first_non_finite(model, tokens, targets):
 def scale_health(model, scales, shards=None):
     """Predicted / true weight scale (below 1 weights saturate); shares of X and dY cut off and changed by folding.
 
-    The watching ends here.
+    This ends the watching, so that no evaluation is counted.
     """
     health = {}
     if scales is not None:
@@ -993,7 +993,7 @@ def json_line(record):
 
 
 def sample(model, batches, device, seed, prompt=None, count=200):
-    """What the model writes after `prompt`: text after "def ", or token ids after the first of the validation data."""
+    """What the model writes after `prompt`, by default "def " or the first 16 token ids of the validation data."""
     is_text = batches.tokens.dtype == np.uint8
     if is_text:
         prompt = list(("def " if prompt is None else prompt).encode())
@@ -1331,8 +1331,8 @@ COLUMNS = {  # of the table that --bench prints: (width, format)
 def bench(c, device):
     """Times the recipes one after another on random tokens; -> {name: its row of COLUMNS}. Writes no files.
 
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU are of --accum of the first and
-    one of the second, `x none` of the first alone. `kept` is what a forward pass leaves for the backward pass, and
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the first and
+    one of the second, `x none` the first alone. `kept` is what a forward pass leaves for the backward pass, and
     `compile` what the first step took longer than the others.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

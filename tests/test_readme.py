@@ -56,7 +56,7 @@ def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     before = set(microscale.RECIPES)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog.\n" * 100)
-    exec(code, {})
+    exec(code, dict(vars(microscale)))   # where it says that the lines go
     monkeypatch.setattr(train, "sample", lambda *_: "")
     for name in set(microscale.RECIPES) - before:
         summary = train.train(train.parse_config(
