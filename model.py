@@ -117,9 +117,8 @@ class Linear(nn.Module):
         return y
 
     def watch(self, x, suffix, make=lambda rows: rows):
-        """Records which shares saturate and are changed by folding, in the first WATCHED rows of make(x): of X, or of dY
-        with suffix "_grad". (In dY of gate_up it changes a few more: `swiglu_backward` scales by a bound of its maximum.)
-        """
+        """Records which shares of X, or with suffix "_grad" of dY, saturate and are changed by folding, in the first
+        WATCHED rows of make(x). (In dY of gate_up it changes a few more: `swiglu_backward` scales by a bound.)"""
         if self.health is None:
             return
         x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
