@@ -87,10 +87,7 @@ def adam_update_bound(t: int, beta1: float, beta2: float) -> float:
     Raises ValueError for t < 1 and for a beta outside [0, 1).
     """
     check_adam_arguments(t, beta1, beta2)
-    if beta2 > 0:
-        ratio = beta1 * beta1 / beta2
-    else:
-        ratio = math.inf if beta1 > 0 else 0.0
+    ratio = beta1 * beta1 / beta2 if beta2 > 0 else (math.inf if beta1 > 0 else 0.0)
     return math.sqrt(geometric_sum(ratio, t) * geometric_sum(beta2, t)) / geometric_sum(beta1, t)
 
 

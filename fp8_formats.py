@@ -30,7 +30,6 @@ import torch
 #     ± 0.fraction · 2^(1 - bias)        field = 0: a subnormal number, a fixed step down to zero
 # A binade is what shares an exponent, [2^e, 2^(e+1)). To saturate is to become the largest value.
 
-
 @dataclass(frozen=True)
 class Format:
     name: str
@@ -94,10 +93,8 @@ def _widen(x):
 
 
 def floor_log2(x):
-    """
-    floor(log2|x|) as int32, exact for every finite x, subnormals included.
-    0 gives EXPONENT_OF_ZERO; Inf and NaN give EXPONENT_OF_INF, so a clamp() after it does the expected thing.
-    """
+    """floor(log2|x|) as int32, exact for every finite x, subnormals included.
+    0 gives EXPONENT_OF_ZERO; Inf and NaN give EXPONENT_OF_INF, so a clamp() after it does the expected thing."""
     x = _widen(x)
     exponent = torch.frexp(x).exponent - 1  # frexp: |x| = m · 2^e with 0.5 <= m < 1
     return exponent.masked_fill(x == 0, EXPONENT_OF_ZERO).masked_fill(~x.isfinite(), EXPONENT_OF_INF)
@@ -114,7 +111,6 @@ def pow2(exponent):
 # ---------------------------------------------------------------------------------------------------
 # E8M0: a block scale that is all exponent. 2^-127 .. 2^127 and NaN; no sign, no zero, no Inf.
 
-
 def e8m0_encode(exponent):
     """int exponents, clamped to [-127, 127] -> uint8 codes exponent + 127 (never 0xFF)"""
     return (exponent.clamp(-127, 127) + 127).to(torch.uint8)
@@ -127,7 +123,6 @@ def e8m0_decode(codes):
 
 # ---------------------------------------------------------------------------------------------------
 # Rounding
-
 
 def _round_units(units, rounding, generator):
     """Round a non-negative float tensor to integers."""
@@ -144,8 +139,7 @@ def _round_units(units, rounding, generator):
 
 
 def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=None):
-    """
-    Round every element of x to a value of fmt's grid. Same shape and dtype as x: all the grids fit in float16
+    """Round every element of x to a value of fmt's grid. Same shape and dtype as x: all the grids fit in float16
     and in bfloat16, so rounding happens once, from any of the four dtypes.
 
     Overflow is decided after rounding, as if the top binade went on: in E4M3 the tie 464 goes to the even 448
@@ -170,10 +164,8 @@ def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=No
 
 
 def cast(x, fmt):
-    """
-    The fast path, for training: x -> tensor of fmt.dtype, round to nearest even, saturating, NaN stays NaN.
-    Bit for bit round_to_format(x, fmt).to(fmt.dtype). E4M3 and E5M2 only, the two with a torch dtype.
-    """
+    """The fast path, for training: x -> tensor of fmt.dtype, round to nearest even, saturating, NaN stays NaN.
+    Bit for bit round_to_format(x, fmt).to(fmt.dtype). E4M3 and E5M2 only, the two with a torch dtype."""
     if fmt.dtype is None:
         raise ValueError(f"torch has no dtype for {fmt.name}: use round_to_format() or encode()")
     if x.dtype == torch.float64:  # torch would round twice, to float32 on the way: 1.0625 + 2^-40 -> 1.0625 -> 1
@@ -194,12 +186,9 @@ def uncast(q):
 # Codes. The positive codes, read as integers, count the grid upwards: 0, 1, 2, ... subnormal steps, and on into
 # the normal values without a seam. (What comes after max is Inf or NaN.)
 
-
 def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
-    """
-    Round x and return its codes: uint8, same shape, one code a byte (6- and 4-bit codes in the low bits).
-    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero, so -0 becomes 0.
-    """
+    """Round x and return its codes: uint8, same shape, one code a byte (6- and 4-bit codes in the low bits).
+    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero, so -0 becomes 0."""
     value = round_to_format(_widen(x), fmt, rounding, saturate, generator)
     is_nan = value.isnan()
     if not fmt.has_nan and is_nan.any():
@@ -246,7 +235,6 @@ def grid(fmt):
 # ---------------------------------------------------------------------------------------------------
 # What `python fp8_formats.py` shows
 
-
 def relative_error(fmt, k):
     """RMS of |x - round(x)| / x over evenly spaced x in the binade max·[2^-(k+1), 2^-k]."""
     x = fmt.max * 2.0**-k * torch.linspace(0.5, 1, 4096, dtype=torch.float64)
@@ -266,13 +254,12 @@ def print_formats():
 def print_grids():
     print("E2M1, every value >= 0:", *(f"{v:g}" for v in grid(E2M1).tolist()), end="\n\n")
     print("E4M3          spacing   values")
-    values = grid(E4M3).double()
-    for e in (None, -6, -5, -1, 0, 1, 7, 8):  # None: the subnormals
-        low, high = (0, E4M3.min_normal) if e is None else (2.0**e, 2.0 ** (e + 1))
-        inside = values[(values >= low) & (values < high)]
-        spacing = (E4M3.emin if e is None else e) - E4M3.mantissa_bits
+    values = grid(E4M3)
+    for e in (-7, -6, -5, -1, 0, 1, 7, 8):  # -7: the subnormals
+        inside = values[floor_log2(values).clamp(min=-7) == e]
+        spacing = max(e, E4M3.emin) - E4M3.mantissa_bits
         units = " ".join(f"{int(v):2}" for v in inside * 2.0**-spacing)
-        binade = "subnormal" if e is None else f"[2^{e}, 2^{e + 1})"
+        binade = "subnormal" if e < E4M3.emin else f"[2^{e}, 2^{e + 1})"
         print(f"{binade:14}2^{spacing:<8}{units:23} · 2^{spacing:<3} = {inside[0]:g} .. {inside[-1]:g}")
     print("-> Each binade holds the same 8 multiples of a spacing that doubles with the binade, so the relative\n"
           "   spacing stays. Subnormals go on with the first binade's spacing. 15·2^5 = 480 is missing: NaN's code.\n")

@@ -488,16 +488,13 @@ if HAS_TRITON:
         both: also return x^T (needs a given scale, which serves along both axes).
         """
         R, C = x.shape
-        assert scale is not None or not both
         if scale is not None:
-            rows, cols, group, groups, rule = 64, 128, 128, 1, "given"
+            rows, cols, group, groups, rule, e8m0 = 64, 128, 128, 1, "given", False
         else:
-            rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
-        e8m0 = scale is None and stores_e8m0(block, rule)
+            rows, cols, group, groups, e8m0 = 16, 256, block[1], cdiv(C, block[1]), stores_e8m0(block, rule)
+            scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
         t = torch.empty(C, R, device=x.device, dtype=fmt.dtype) if both else None
-        if scale is None:
-            scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
             ROWS=rows, COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)

@@ -405,8 +405,7 @@ class Transformer(nn.Module):
             raise ValueError(f"recompute {recompute!r} is unknown: choose one of {', '.join(RECOMPUTE)}")
         self.config, self.recipe, self.recompute = config, RECIPES[fp8], recompute
         self.embed = nn.Embedding(config.vocab, config.d)
-        self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}", recompute)
-                                    for i in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}", recompute) for i in range(config.layers))
         self.norm = Norm(config)
         self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
         if config.tied:
@@ -516,7 +515,7 @@ def quantized_bytes(block):
     return 1 + (1 if block[1] == 32 else 4) / (block[0] * block[1])
 
 
-def main():
+if __name__ == "__main__":
     for name, c in PRESETS.items():
         _, total = parameter_count(c)
         print(f"{name}: {total:,} parameters, {flops_per_token(c) / 1e9:.2f} GFLOP per token; "
@@ -528,7 +527,3 @@ def main():
             use = memory(c, fp8, c.seq, **options)
             print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()
-
-
-if __name__ == "__main__":
-    main()

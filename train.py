@@ -14,10 +14,10 @@ the same order from the same initial weights; with the same `--accum`, so do run
 
 import argparse
 import dataclasses
-import errno
 import functools
 import gc
 import glob
+import itertools
 import json
 import math
 import os
@@ -109,8 +109,7 @@ class Config:
     eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out")
     sample: str = opt(None, "text (or token ids) that the newest checkpoint in --out is to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
-    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random "
-                             "tokens each")
+    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens each")
     # several ranks
     shard: bool = opt(False, "each rank keeps FP32 weights and Adam's moments of its share of the layers only "
                              "(ZeRO-1), and ranks exchange FP8 weights; --fp8 moss")
@@ -154,30 +153,22 @@ def resolve(c, device, world):
         raise UserError(f"--model {c.model} is no preset: choose one of {', '.join(PRESETS)}")
     if c.recompute not in RECOMPUTE:
         raise UserError(f"--recompute {c.recompute} is unknown: choose one of {', '.join(RECOMPUTE)}")
-    if c.bench:
-        c.steps, c.accum = c.steps or 10, c.accum or 1
-    c.layers = PRESETS[c.model].layers if c.layers is None else c.layers
-    for name, value in DEFAULTS[c.model].items():
+    defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
+    for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
-    c.seq = PRESETS[c.model].seq if c.seq is None else c.seq
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
-    for name in ("layers", "steps", "batch", "accum", "seq", "log_every", "eval_every", "eval_batches", "max_skips",
-                 "keep"):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name} {getattr(c, name)} must be at least 1")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(c, name) < math.inf:
-            raise UserError(f"--{name} {getattr(c, name)} must be a positive number")
-    for name in ("weight_decay", "warmup", "rescale_interval", "spike"):
-        if not 0 <= getattr(c, name) < math.inf:
-            raise UserError(f"--{name} {getattr(c, name)} must not be negative")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(c, name) < 1:
-            raise UserError(f"--{name} {getattr(c, name)} must lie in [0, 1)")
-    if not 0 <= c.seed < 2**63:
-        raise UserError(f"--seed {c.seed} must lie in [0, 2^63)")
+    for names, allowed, must in (
+            ("layers steps batch accum seq log_every eval_every eval_batches max_skips keep", lambda v: v >= 1,
+             "be at least 1"),
+            ("lr clip", lambda v: 0 < v < math.inf, "be a positive number"),
+            ("weight_decay warmup rescale_interval spike", lambda v: 0 <= v < math.inf, "not be negative"),
+            ("beta1 beta2", lambda v: 0 <= v < 1, "lie in [0, 1)"),
+            ("seed", lambda v: 0 <= v < 2**63, "lie in [0, 2^63)")):
+        for name in names.split():
+            if not allowed(getattr(c, name)):
+                raise UserError(f"--{name} {getattr(c, name)} must {must}")
     if c.data == "":
         raise UserError("--data is empty: give a folder or a file, or leave --data out")
     if Path(c.out).resolve() == Path.cwd():
@@ -267,20 +258,14 @@ def token_file(path):
     return (path, 0, size // 2), np.dtype(np.uint16)
 
 
-def is_text(path):
-    with open(path, "rb") as f:
-        return b"\0" not in f.read(1024)
-
-
 def list_files(root, pattern="*"):
     """The files to read below a folder: token files if there are any, else all text files, in a fixed order."""
     files = sorted(p for p in root.rglob(pattern) if p.is_file() and not any(
         part.startswith(".") or part in ("__pycache__", "site-packages") for part in p.relative_to(root).parts))
     for suffix in (".bin", ".npy"):
-        found = [p for p in files if p.suffix == suffix]
-        if found:
+        if found := [p for p in files if p.suffix == suffix]:
             return found
-    return [p for p in files if is_text(p)]
+    return [p for p in files if np.fromfile(p, np.uint8, 1024).all()]   # text has no zero bytes
 
 
 def open_data(source):
@@ -321,20 +306,18 @@ def open_data(source):
     return train, val, 256 if dtype == np.uint8 else None
 
 
-GOLDEN = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
-
-
 def shuffled(number, n, keys):
     """The place of `number` in a random order of 0 ... n - 1 that is nowhere written down. keys: random numbers.
 
     A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone whatever
     f does, so no two numbers meet. One that lands at n or above is sent through again until it lands below.
     """
+    golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     while True:
         for key in keys:
             left, right = number >> bits, number & (1 << bits) - 1
-            mixed = (right + key) * GOLDEN >> 32 & (1 << bits) - 1
+            mixed = (right + key) * golden >> 32 & (1 << bits) - 1
             number = right << bits | left ^ mixed
         if number < n:
             return number
@@ -418,33 +401,27 @@ class Ranks:
 def start_ranks(device):
     """The device of this process; joins the others if torchrun started it."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported: use cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
+        raise UserError(f"--device {name} is no device, or not supported: use cpu, cuda or cuda:N")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cuda" and needed > torch.cuda.device_count():
         raise UserError(f"--device {name}: GPU {needed - 1} is needed, but PyTorch sees "
                         f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = None
-    if "RANK" in os.environ and not dist.is_initialized():
-        try:
-            store, rank, world = next(rendezvous("env://"))
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                    store=dist.PrefixStore(name_of_start(store, rank, world), store),
-                                    timeout=timedelta(minutes=30),   # ranks may wait while a checkpoint is written
-                                    device_id=device if device.type == "cuda" else None)
-        except (ValueError, dist.DistError) as e:
-            raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give each "
-                           f"job a --master_port or --rdzv_endpoint of its own") from None
-    if dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
-    return Ranks(0, 1, device)
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    try:
+        store, rank, world = next(rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(name_of_start(store, rank, world), store),
+                                timeout=timedelta(minutes=30),   # ranks may wait while a checkpoint is written
+                                device_id=device if device.type == "cuda" else None)
+    except (ValueError, dist.DistError) as e:
+        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give each job "
+                       f"a --master_port or --rdzv_endpoint of its own") from None
+    return Ranks(rank, world, device, store)
 
 
 def name_of_start(store, rank, world):
@@ -651,59 +628,43 @@ def lock(out):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):   # a file system without locks: do without
-            raise
+    except OSError:   # a file system without locks: do without
+        pass
     return held
-
-
-def set_aside(out):
-    """Renames the folder of an earlier run, so that nothing is overwritten; -> whether there was one."""
-    if not (out / "log.jsonl").exists() and not checkpoints(out):
-        return False
-    n = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
-    out.rename(out.with_name(f"{out.name}.{n}"))
-    print(f"an earlier run in {out} was moved to {out.with_name(f'{out.name}.{n}')}")
-    return True
-
-
-def logged_step(line):
-    """The step of a line of the log; infinity for one that a crash cut short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 def open_log(out, resumed_at):
     """log.jsonl, open for appending; lines that a crashed run wrote after its last checkpoint are cut off."""
     path = out / "log.jsonl"
     if resumed_at is not None and path.exists():
-        lines = [line for line in path.read_text().splitlines() if logged_step(line) <= resumed_at]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
+        kept, temporary = [], path.with_suffix(".tmp")
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):   # a line that the crash cut short
+                if json.loads(line)["step"] <= resumed_at:
+                    kept.append(line + "\n")
+        temporary.write_text("".join(kept))
         os.replace(temporary, path)
     return open(path, "a", buffering=1)
 
 
-def open_tensorboard(folder):
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder)
-
-
 def claim(out, c, step):
-    """Makes the folder of the run its own -> (the lock, the log, tensorboard's writer or None)."""
+    """Makes the folder of the run its own -> (the lock, the log, tensorboard's writer or None). That of an earlier run
+    is renamed, never overwritten."""
+    board = None
     try:
+        if c.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(c.tensorboard)
         held = lock(out) if out.exists() else None
-        if not c.resume and set_aside(out):
+        if not c.resume and ((out / "log.jsonl").exists() or checkpoints(out)):
+            names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
+            earlier = out.rename(next(name for name in names if not name.exists()))
+            print(f"an earlier run in {out} was moved to {earlier}")
             held = None   # the lock went with the folder
         out.mkdir(parents=True, exist_ok=True)
-        return held or lock(out), open_log(out, step if c.resume else None), open_tensorboard(c.tensorboard)
+        return held or lock(out), open_log(out, step if c.resume else None), board
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
 
@@ -771,13 +732,13 @@ class Shards:
         after the step   quantised weights: W in FP8 from the owner to all, each of which makes its W^T of it;
                          embedding, head and norms in BF16 (FP32 on a CPU), in which the model computes with them
 
-    That is 2 + 1 bytes a parameter instead of the 4 of BF16 gradients and weights. It takes no exchange of scales: they
-    are predicted, by the same arithmetic on all ranks. Only where they are measured do the owners tell the others.
+    Scales are predicted, by the same arithmetic on all ranks: only where they are measured are they exchanged.
     """
 
     def __init__(self, model, ranks):
         self.ranks, self.layers = ranks, {layer.weight: layer for layer in model.linears()}
         self.parameters, self.sent, self.sending = list(model.parameters()), [], False
+        self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         if ranks.world > len(self.parameters):
             raise UserError(f"--shard: {ranks.world} ranks are more than the {len(self.parameters)} parameters to own: "
                             f"use fewer ranks, or leave --shard out")
@@ -793,15 +754,11 @@ class Shards:
     def mine(self, p):
         return self.owner[p] == self.ranks.rank
 
-    @staticmethod
-    def dtype(p):
-        return torch.bfloat16 if p.is_cuda else torch.float32
-
     def send(self, p):
         """Called in the backward pass when the gradient of p is complete; the last micro-batch's goes out."""
         if not self.sending:
             return
-        gradient = p.grad.to(self.dtype(p)) / self.ranks.world
+        gradient = p.grad.to(self.dtype) / self.ranks.world
         p.grad = p.grad if self.mine(p) else None
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
@@ -832,7 +789,7 @@ class Shards:
                 data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
                 layer.w, layer.w_t = Quantized(data, scale, (ALL, ALL)), Quantized(None, scale, (ALL, ALL))
             work.append(dist.broadcast(layer.w.data.view(torch.uint8), self.owner[p], async_op=True))
-        others = {p: p.data.to(self.dtype(p)) for p in self.owner if p not in self.layers}
+        others = {p: p.data.to(self.dtype) for p in self.owner if p not in self.layers}
         work += [dist.broadcast(data, self.owner[p], async_op=True) for p, data in others.items()]
         for message in work:
             message.wait()
@@ -894,12 +851,10 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
 @torch.no_grad()
 def evaluate(model, batches, ranks):
     """Mean validation loss in nats per token, over all ranks."""
-    mine = range(ranks.rank, batches.config.eval_batches, ranks.world)
-    total = torch.zeros(2, device=ranks.device)
-    for i in mine:
-        total += torch.stack((model(*batches.evaluation(i, ranks.device)), torch.ones((), device=ranks.device)))
-    loss, count = all_sum(total).tolist()
-    return loss / count
+    total = torch.zeros((), device=ranks.device)
+    for i in range(ranks.rank, batches.config.eval_batches, ranks.world):
+        total += model(*batches.evaluation(i, ranks.device))
+    return all_sum(total).item() / batches.config.eval_batches
 
 
 def check_scales_agree(scales, ranks):
@@ -916,20 +871,14 @@ def check_scales_agree(scales, ranks):
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
     """The first layer whose output is not finite, else the first whose gradient was not, from the loss backwards."""
-    bad, hooks = [], []
+    bad = []   # hooks and `fused` stay as they are made here: the run ends
     for name, module in model.named_modules():
         if not list(module.children()):
-            hooks.append(module.register_forward_hook(
-                lambda _, __, y, name=name: bad.append(name) if not y.isfinite().all() else None))
-    fused = [block.fused for block in model.blocks]
+            module.register_forward_hook(lambda _, __, y, name=name: None if y.isfinite().all() else bad.append(name))
     for block in model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
         model(tokens, targets)
-    for block, was in zip(model.blocks, fused):
-        block.fused = was
-    for hook in hooks:
-        hook.remove()
     if bad:
         return f"the output of {bad[0]}"
     for name, p in reversed(list(model.named_parameters())):
@@ -964,18 +913,12 @@ def clock(seconds):
 
 
 def progress_line(record, c, seconds_left):
-    line = (f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s")
-    if "mfu" in record:
-        line += f"  MFU {record['mfu']:.1%}"
-    if "scale_ratio" in record:
-        line += f"  scale x{record['scale_ratio']:.3f}"
-    for key in ("saturated", "folded"):   # of activations, and of gradients
-        if key in record:
-            line += f"  {key} {record[key]:.2%}, {record[key + '_grad']:.2%}"
-    if "val_loss" in record:
-        line += f"  validation loss {record['val_loss']:.4f}"
-    return line + f"  {clock(seconds_left)} left"
+    parts = {"loss": "loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
+             "mfu": "MFU {mfu:.1%}", "scale_ratio": "scale x{scale_ratio:.3f}",
+             "saturated": "saturated {saturated:.2%}, {saturated_grad:.2%}",   # of activations, and of gradients
+             "folded": "folded {folded:.2%}, {folded_grad:.2%}", "val_loss": "validation loss {val_loss:.4f}"}
+    shown = [text.format(**record) for key, text in parts.items() if key in record]
+    return "  ".join([f"step {record['step']:>{len(str(c.steps))}}/{c.steps}", *shown, f"{clock(seconds_left)} left"])
 
 
 def about_run(c, ranks):
@@ -984,12 +927,6 @@ def about_run(c, ranks):
     return {"command": shlex.join(sys.argv), "config": dataclasses.asdict(c), "hardware": f"{ranks.world} x {name}",
             "torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None,
             "python": sys.version.split()[0]}
-
-
-def json_line(record):
-    """JSON knows no NaN and no Infinity: null stands for both."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite) + "\n"
 
 
 def sample(model, batches, device, seed, prompt=None, count=200):
@@ -1188,7 +1125,6 @@ def train(config):
 
     ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
     tokens_per_step = c.accum * c.batch * c.seq
-    flops_per_step = tokens_per_step * flops_per_token(model.config)
     peak = bf16_peak(device)
 
     saver = Saver(out, c.keep, say)
@@ -1200,8 +1136,7 @@ def train(config):
             saver.save({"model": weights, "optimizer": moments,
                         "scales": on_cpu(scales.state_dict()) if scales else None, "step": step, "updates": updates,
                         "skipped": skipped, "best": best, "norms": list(norms), "ranks": ranks.world,
-                        "config": dataclasses.asdict(c),
-                        "model_config": dataclasses.asdict(model.config)})
+                        "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model.config)})
 
     about = about_run(c, ranks)   # stands in the first line of the log
     val_loss = evaluate(model, val_batches, ranks)
@@ -1245,12 +1180,11 @@ def train(config):
 
             evaluating = step % c.eval_every == 0 or step == c.steps
             if logging or evaluating or stopping:
-                now = time.perf_counter()
-                seconds_per_step = (now - last_time) / (step - last_step)
+                tokens_per_s = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
                 record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
-                          "tokens_per_s": round(tokens_per_step / seconds_per_step, 1)}
+                          "tokens_per_s": round(tokens_per_s, 1)}
                 if peak:
-                    record["mfu"] = round(flops_per_step / seconds_per_step / ranks.world / peak, 4)
+                    record["mfu"] = round(tokens_per_s * flops_per_token(model.config) / ranks.world / peak, 4)
                 record.update(health, skipped=skipped)
                 if evaluating:
                     record["val_loss"] = val_loss = evaluate(model, val_batches, ranks)
@@ -1259,7 +1193,8 @@ def train(config):
                 if evaluating or stopping:
                     save()
                 if main:
-                    log.write(json_line({**record, **about}))
+                    finite = {k: v if np.isfinite(v) else None for k, v in record.items()}   # JSON knows no NaN
+                    log.write(json.dumps({**finite, **about}) + "\n")
                     about = {}
                     for key, value in record.items() if board else ():
                         board.add_scalar(key, value, step)
@@ -1277,7 +1212,6 @@ def train(config):
 
     if main:
         log.close()
-        held.close()
         print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
                "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": skipped,
