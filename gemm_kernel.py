@@ -409,13 +409,9 @@ def show_times():
    here: what it does is done when the operand is quantised.""")
 
 
-def main():
+if __name__ == "__main__":
     torch.manual_seed(0)
     if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
         show_times()
     else:
         show_errors_on_a_cpu()
-
-
-if __name__ == "__main__":
-    main()

@@ -468,14 +468,14 @@ def parameter_count(c):
     return linear, linear + norms + c.vocab * c.d * (1 if c.tied else 2)
 
 
-def flops_per_token(c, seq=None):
+def flops_per_token(c):
     """Training FLOPs per token: 6 per weight of a matrix product (2 forward, 4 backward), and causal attention.
 
     Attention: a token looks at seq / 2 others on average; scores and weighted values cost 4 d each forward, and
     twice that backward: 6 layers d seq. The embedding is a look-up and counts nothing.
     """
     linear, _ = parameter_count(c)
-    return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * (seq or c.seq)
+    return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * c.seq
 
 
 def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):

@@ -281,14 +281,12 @@ def open_data(source):
     if not root.exists() and not matches:
         raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
     files = [root] if root.is_file() else matches or list_files(root, "*.py" if source is None else "*")
-    parts = [token_file(p) for p in files]
-    dtypes = {dtype for _, dtype in parts}
-    if len(dtypes) > 1:
-        kinds = " and ".join(sorted(map(str, dtypes)))
+    parts, dtypes = zip(*map(token_file, files)) if files else ((), ())
+    if len(set(dtypes)) > 1:
+        kinds = " and ".join(sorted({str(dtype) for dtype in dtypes}))
         raise UserError(f"--data {root} mixes {kinds} tokens: keep one kind per folder")
-    if sum(count for (_, _, count), _ in parts) == 0:
+    if sum(count for _, _, count in parts) == 0:
         raise UserError(f"--data {root} holds no tokens: .bin, .npy or text files are read")
-    dtype = dtypes.pop()
     top = root if root.is_dir() else os.path.commonpath([p.parent for p in files])
     names = [p.relative_to(top).as_posix() for p in files]
     of_text = files[0].suffix not in (".bin", ".npy")
@@ -299,11 +297,11 @@ def open_data(source):
     if not chosen and len(files) >= 40:
         chosen = {p for p, name in zip(files, names) if zlib.crc32(name.encode()) % 20 == 0}
     if chosen:
-        train, val = (Tokens([part for part, _ in parts if (part[0] in chosen) == held_out], dtype)
+        train, val = (Tokens([part for part in parts if (part[0] in chosen) == held_out], dtypes[0])
                       for held_out in (False, True))
     else:
-        train, val = Tokens([part for part, _ in parts], dtype).split(0.05)
-    return train, val, 256 if dtype == np.uint8 else None
+        train, val = Tokens(parts, dtypes[0]).split(0.05)
+    return train, val, 256 if dtypes[0] == np.uint8 else None
 
 
 def shuffled(number, n, keys):
@@ -404,11 +402,11 @@ def start_ranks(device):
     if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
         raise UserError(f"--device {name} is no device, or not supported: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if device.type == "cuda" and needed > torch.cuda.device_count():
-        raise UserError(f"--device {name}: GPU {needed - 1} is needed, but PyTorch sees "
-                        f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
     if device.type == "cuda":
+        needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if needed > torch.cuda.device_count():
+            raise UserError(f"--device {name}: GPU {needed - 1} is needed, but PyTorch sees "
+                            f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
@@ -537,18 +535,14 @@ def write_checkpoint(out, state):
     return path
 
 
-def fill(copy, part):
-    copy.zero_()   # the pages of new memory come one by one when they are touched: by the driver, that takes longest
-    copy.copy_(part)
-
-
 def on_cpu(state):
     """A copy of nested dicts and lists whose tensors lie in the CPU's memory. Training waits for it: by one thread it
     takes 6 s for 10 GB, by eight 0.8 s."""
     if isinstance(state, torch.Tensor):
         copy = torch.empty(state.shape, dtype=state.dtype)
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(fill, copy.view(-1).chunk(8), state.detach().reshape(-1).chunk(8)))
+        parts = copy.view(-1).chunk(8), state.detach().reshape(-1).chunk(8)
+        with ThreadPoolExecutor(8) as pool:   # zero_ touches memory that is new, which takes longer than copying
+            list(pool.map(lambda new, old: new.zero_().copy_(old), *parts))
         return copy
     if isinstance(state, dict):
         return {key: on_cpu(value) for key, value in state.items()}
@@ -650,11 +644,9 @@ def open_log(out, resumed_at):
 def claim(out, c, step):
     """Makes the folder of the run its own -> (the lock, the log, tensorboard's writer or None). That of an earlier run
     is renamed, never overwritten."""
-    board = None
     try:
         if c.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(c.tensorboard)
         held = lock(out) if out.exists() else None
         if not c.resume and ((out / "log.jsonl").exists() or checkpoints(out)):
             names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
@@ -662,6 +654,7 @@ def claim(out, c, step):
             print(f"an earlier run in {out} was moved to {earlier}")
             held = None   # the lock went with the folder
         out.mkdir(parents=True, exist_ok=True)
+        board = SummaryWriter(c.tensorboard) if c.tensorboard else None   # only now: it may lie in `out`
         return held or lock(out), open_log(out, step if c.resume else None), board
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
@@ -1142,9 +1135,9 @@ def train(config):
     val_loss = evaluate(model, val_batches, ranks)
     say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
     started = last_time = time.perf_counter()
-    first_step = last_step = step
+    first_step, last_step, stopping = step, step, False
     with StopSignal() as stop:
-        while step < c.steps:
+        while step < c.steps and not stopping:
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -1201,14 +1194,12 @@ def train(config):
                 left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
                 say(progress_line(record, c, left))
                 last_step, last_time = step, time.perf_counter()
-            if stopping and step < c.steps:
-                if not saver.wait():
-                    raise RunError(saver.failed)
-                say("stopped by a signal and saved; go on with the same command and --resume")
-                return None
         seconds = time.perf_counter() - started
         if not saver.wait():   # a signal must not end the process before the last checkpoint is written
             raise RunError(saver.failed)
+    if step < c.steps:
+        say("stopped by a signal and saved; go on with the same command and --resume")
+        return None
 
     if main:
         log.close()

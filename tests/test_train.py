@@ -1631,7 +1631,17 @@ def test_plot_draws_the_losses_of_several_runs(tiny, tmp_path, no_sample, capsys
 def test_tensorboard_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main(tiny(f"--fp8 none --tensorboard {tmp_path / 'board'}")) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
+    assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_tensorboard_may_write_into_the_folder_of_the_run(tiny, tmp_path, monkeypatch, no_sample):
+    def writer(folder):
+        Path(folder).mkdir(parents=True)
+        return SimpleNamespace(add_scalar=lambda key, value, step: (Path(folder) / key).touch())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    for _ in range(2):   # the second run renames the folder of the first
+        run(tiny(f"--fp8 none --tensorboard {tmp_path / 'out' / 'board'}"))
+    assert all((tmp_path / out / "board" / "val_loss").exists() for out in ("out", "out.1"))
 
 
 def test_a_pattern_names_data_files(tmp_path):
