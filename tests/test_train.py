@@ -727,7 +727,15 @@ def test_a_run_gives_the_signals_back(tiny, no_sample):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch):
+@pytest.fixture
+def heard():
+    """SIGINT as Python starts with it, unless a shell put it into the background, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch, heard):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
