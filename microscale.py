@@ -268,9 +268,9 @@ def swiglu_backward_reference(h, da):
     """Quantized h (R, 2 F), da (R, F) -> Quantized `swiglu_gradient`.
 
     The scale is that of a bound: |d gate| <= 1.1 |da up|, for no slope of silu is steeper, and |d up| <= |da gate|. So
-    it is known before a sigmoid is taken. Mostly it is the scale of the maximum, or 2 or 4 times that: less range below,
-    and the same precision above. (It is far more in rows whose gates are all far below zero: there the gradient is next
-    to nothing, and becomes zero.)
+    it is known before a sigmoid is taken. Mostly it is the scale of the maximum, or 2 or 4 times that: less range
+    below, and the same precision above. (It is far more in rows whose gates are all far below zero: there the gradient
+    is next to nothing, and becomes zero.)
     """
     h = h.dequantize()
     gate, up = h.chunk(2, dim=1)

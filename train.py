@@ -14,6 +14,7 @@ the same order from the same initial weights; with the same `--accum`, so do run
 
 import argparse
 import dataclasses
+import errno
 import functools
 import gc
 import glob
@@ -622,8 +623,9 @@ def lock(out):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-    except OSError:   # a file system without locks: do without
-        pass
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):   # a file system without locks: do without
+            raise
     return held
 
 
@@ -950,7 +952,7 @@ class StopSignal:
     """
 
     def __enter__(self):
-        self.received, self.since = False, math.inf
+        self.received = False
         self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
