@@ -455,6 +455,12 @@ def all_max(tensor):
     return tensor
 
 
+def extremes(tensor):
+    """(least, most) of each number over all ranks."""
+    most, minus_least = all_max(torch.stack((tensor, -tensor)))
+    return -minus_least, most
+
+
 # Dense BF16 peak in TFLOP/s by the vendors' data sheets, found by a part of the device's name, first match wins.
 BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
              "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
@@ -856,10 +862,7 @@ def check_scales_agree(scales, ranks):
     """Predicted scales are never sent: the same arithmetic gives the same numbers everywhere, or something is wrong."""
     if scales is None or ranks.world == 1:
         return
-    least, most = scales.scale.clone(), scales.scale.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    if not torch.equal(least, most):
+    if not torch.equal(*extremes(scales.scale)):
         raise RunError("the ranks have different weight scales: do all run the same version of the code?")
 
 
@@ -1083,10 +1086,10 @@ def train(config):
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
         restore_weights(state, model)
-    latest, earliest = all_max(torch.tensor([step, -step], device=device)).tolist()
-    if latest != -earliest:
-        raise RunError(f"the ranks found checkpoints of steps {-earliest} to {latest}: --out {out} has to be one "
-                       f"folder that all nodes see")
+    earliest, latest = extremes(torch.tensor(step, device=device))
+    if earliest != latest:
+        raise RunError(f"the ranks found checkpoints of steps {earliest} to {latest}: --out {out} has to be one folder "
+                       f"that all nodes see")
     shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
