@@ -950,8 +950,8 @@ def sample(model, batches, device, seed, prompt=None, count=200):
 class StopSignal:
     """SIGINT or SIGTERM ask the loop to finish its step, save and leave; a second one ends the process at once.
 
-    Under torchrun the same signal comes twice, from the terminal or the scheduler and from torchrun: what follows
-    within 5 seconds is taken for that.
+    The same signal may come twice: `timeout` sends it to the process and to its group, and under torchrun it comes from
+    the terminal or the scheduler and from torchrun. What follows within half a second, or 5 under torchrun, is that.
     """
 
     def __enter__(self):
@@ -962,9 +962,7 @@ class StopSignal:
     def receive(self, number, _):
         if not self.received:
             self.received, self.since = True, time.monotonic()
-            if "TORCHELASTIC_RUN_ID" not in os.environ:
-                self.__exit__()
-        elif time.monotonic() - self.since > 5:
+        elif time.monotonic() - self.since > (5 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5):
             self.__exit__()
             os.kill(os.getpid(), number)
 

@@ -738,6 +738,7 @@ def heard():
 def test_a_second_signal_ends_the_run_at_once(tiny, monkeypatch, heard):
     def twice():
         signal.raise_signal(signal.SIGINT)
+        time.sleep(0.6)
         signal.raise_signal(signal.SIGINT)
     do_at_step(monkeypatch, 2, twice)
     with pytest.raises(KeyboardInterrupt):
@@ -749,11 +750,14 @@ def full_disk(state, f):
     raise OSError(28, "No space left on device")
 
 
-def test_under_torchrun_a_signal_that_comes_twice_is_one(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+@pytest.mark.parametrize("torchrun, pause", [(False, 0), (True, 0), (True, 0.6)])
+def test_a_signal_that_a_supervisor_sends_twice_is_one(torchrun, pause, monkeypatch):
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     with train.StopSignal() as stop:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received
 
 
