@@ -1236,16 +1236,20 @@ def report(c, device):
 
 
 def plot_runs(folders, path):
-    """Training losses as lines, validation losses as dots, of the runs in these folders."""
-    with picture(path, xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
-        for folder in folders:
+    """Training losses as lines, validation losses as dots, of the runs in these folders; those behind others wider."""
+    with picture(path, yscale="log", xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
+        for behind, folder in reversed(list(enumerate(reversed(folders)))):
             try:
                 records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             except (OSError, ValueError) as e:
                 raise UserError(f"--plot: {folder} has no log to draw ({e}): give folders as --out a,b") from None
-            line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name, lw=1)
+            line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name,
+                              lw=1 + 2 * behind)
             evaluated = [r for r in records if "val_loss" in r]
-            axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", color=line.get_color())
+            axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", ms=4 + 3 * behind,
+                      color=line.get_color())
 
 
 # ---------------------------------------------------------------------------------------------------

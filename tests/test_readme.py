@@ -1,6 +1,7 @@
 """The README is true where a machine can tell: files, options, commands and code in it are those of the repository."""
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -63,3 +64,22 @@ def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
             f"--device cpu --fp8 {name} --data {tmp_path / 'text.txt'} --seq 32 --batch 4 --steps 60 --eval_batches 2 "
             f"--eval_every 60 --out {tmp_path / name}".split()))
         assert summary["recipe"] == name and summary["val_loss"] < 1   # letter frequencies alone give 3.12
+
+
+def test_the_losses_that_it_compares_are_those_of_the_logs():
+    """And they show what it says: the means of none and moss within 0.3%, the prediction never too small."""
+    header, rows = re.search(r"^\| `--fp8` \|(.* mean) \|\n.*\n((?:\|.*\n)+)", README, re.MULTILINE).groups()
+    seeds, means = re.findall(r"seed (\d+)", header), {}
+    for row in rows.splitlines():
+        fp8, *losses, mean = row.strip("| ").replace("`", "").split(" | ")
+        finals = []
+        for seed, loss in zip(seeds, losses, strict=True):
+            records = [json.loads(line) for line in open(ROOT / f"assets/runs/124m-{fp8}-{seed}/log.jsonl")]
+            first, last = records[0], records[-1]
+            assert (first["config"]["fp8"], first["config"]["seed"], last["step"]) == (fp8, int(seed), 1500)
+            assert loss == f"{last['val_loss']:.4f}" and last["skipped"] == 0 and first["hardware"]
+            assert fp8 != "moss" or min(record["scale_ratio_min"] for record in records) >= 1
+            finals.append(last["val_loss"])
+        means[fp8] = sum(finals) / len(finals)
+        assert mean == f"{means[fp8]:.4f}"
+    assert abs(means["moss"] / means["none"] - 1) < 0.003
