@@ -393,9 +393,10 @@ def show_times():
             error = f"{error_of(variant, M, N, K, 'cuda'):8.1e}" if variant in VARIANTS else f"{'':8}"
             print(f"{name:15}{f'{M} x {N} x {K}':>22}  {variant:20}{error}{t:8.3f}{2e-9 * M * N * K / t:9.0f}"
                   f"{ms['BF16'] / t:8.2f}{ms['_scaled_mm'] / t:14.2f}")
-            row = "the twelve, as trained" if variant == ours else f"fprop, {variant}" if fprop else variant
+            row = variant if variant in ("BF16", "_scaled_mm") else f"fprop, {variant}"
+            row = "as trained" if variant == ours else row
             ratios.setdefault(row, []).append((ms["BF16"] / t, ms["_scaled_mm"] / t))
-    print("\ngeometric means: x BF16, x _scaled_mm (fast accumulation in fprop, without it in dgrad and wgrad)")
+    print("\ngeometric means, of all twelve or of fprop: x BF16, x _scaled_mm (fast accumulation in fprop only)")
     for row, pairs in ratios.items():
         print(f"  {row:28}" + "".join(f"{statistics.geometric_mean(column):8.3f}" for column in zip(*pairs)))
     print("\nerror at K = 16384, and where all terms of a sum have one sign")

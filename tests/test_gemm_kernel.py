@@ -1,5 +1,7 @@
 """The matrix product against float64, the linear layer's output and each of its gradients, on every recipe."""
 
+import re
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -267,3 +269,19 @@ def test_kernels_on_a_gpu_agree_with_the_emulation(name, monkeypatch):
     emulated = run_linear(name, *case)
     for what in kernels:   # BF16 rounding of the output is 1.66e-3, fast accumulation at K = 768 less than 1e-3
         assert gk.relative_error(kernels[what], emulated[what].double()) < 4e-3, what
+
+
+# ---------------------------------------------------------------------------------------------------
+# The table
+
+@needs_triton
+def test_the_geometric_means_of_our_product_and_of_pytorchs_are_over_the_same_twelve(monkeypatch, capsys):
+    ms = iter(range(1, 100))
+    monkeypatch.setattr(gk, "time_product", lambda M, N, K, variants, fast: {
+        name: next(ms) for name in ("BF16", "_scaled_mm", *variants)})
+    monkeypatch.setattr(gk, "error_of", lambda *_: 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "any GPU")
+    gk.show_times()
+    rows = dict(re.findall(r"^  (as trained|_scaled_mm)(.*)$", capsys.readouterr().out, re.MULTILINE))
+    ours, theirs = ([float(number) for number in rows[name].split()] for name in sorted(rows, reverse=True))
+    assert ours[0] / ours[1] == pytest.approx(theirs[0], rel=2e-3)   # three digits are printed
