@@ -37,8 +37,8 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
     os.environ["TRITON_INTERPRET"] = "1"   # run alone, and not on a Hopper: the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, FORMATS
-from microscale import (ALL, HAS_TRITON, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores, measured_scale, quantize,
-                        quantize_both, quantize_reference, transpose)
+from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores,
+                        measured_scale, quantize, quantize_both, quantize_reference, transpose)
 
 if HAS_TRITON:
     import triton
@@ -59,7 +59,7 @@ def kernel_can_scale(a, b):
     """Whether the kernel can apply these scales: A's per row or one, and one of B; or both in equal steps along K."""
     if a.block[1] == ALL:
         return a.block[0] in (1, ALL) and b.block == (ALL, ALL)
-    return a.block[0] == 1 and a.block[1] == b.block[1]
+    return a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] and b.block[1] in KERNEL_WIDTHS
 
 
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
@@ -74,6 +74,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     fp8 = has_fp8_tensor_cores(a.data.device)
     if fp8 and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
+    out_dtype = out_dtype if out is None else out.dtype
     product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if fp8 else torch.float32)
     return product if out is None else out.copy_(product)
 
@@ -217,13 +218,16 @@ if HAS_TRITON:
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Quantized a (M, K), b (N, K) -> (M, N), as `matmul`.
 
-        Raises ValueError for scales that are not as `kernel_can_scale` says, and where K is not a multiple of 16: the
-        tensor memory accelerator moves 16 bytes at least.
+        Raises ValueError for scales that are not as `kernel_can_scale` says, for operands of different K, and where K
+        is not a multiple of 16: the tensor memory accelerator moves 16 bytes at least.
         """
         (M, K), N = a.data.shape, b.data.shape[0]
         if not kernel_can_scale(a, b):
             raise ValueError(f"FP8 GEMM of blocks {a.block} and {b.block}: scales along K have to change on both sides "
-                             f"at once, else B has one scale; use matmul, which multiplies such blocks in BF16")
+                             f"at once, every {KERNEL_WIDTHS}, else B has one scale; use matmul, which multiplies such "
+                             f"blocks in BF16")
+        if b.data.shape[1] != K:
+            raise ValueError(f"FP8 GEMM of K = {K} and {b.data.shape[1]}: operands are (M, K) and (N, K)")
         if K % 16:
             raise ValueError(f"FP8 GEMM with K = {K}: the summed axis must be a multiple of 16; pad it with zeros")
         in_loop = a.block[1] != ALL
@@ -239,8 +243,8 @@ if HAS_TRITON:
         # in the loop, the scales of one step along K lie side by side
         scales = [s.float().t().contiguous() if in_loop else s for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
-            TensorDescriptor.from_tensor(a.data, [BLOCK_M, BLOCK_K]),
-            TensorDescriptor.from_tensor(b.data, [BLOCK_N, BLOCK_K]),
+            TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
+            TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),
             TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // (4 if quarters else 2)]) if tma_store else None,
             c, add, *scales, M, N, K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, PROGRAMS=sms * programs,
             IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0, A_PER_ROW=int(a.block[0] == 1),

@@ -128,10 +128,10 @@ def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     x is multiplied by 1 / scale, which is rounded once per block: on a GPU, dividing every value takes longer than
     loading it.
     """
-    if scale is None:
-        scale = scale_from_amax(block_amax(x, block), fmt, rule)
+    e8m0 = scale is None and stores_e8m0(block, rule)
+    scale = scale_from_amax(block_amax(x, block), fmt, rule) if scale is None else scale
     data = to_grid(x.float() * expand_blocks(1 / scale, x.shape, block), fmt)
-    return Quantized(data, scale.to(torch.float8_e8m0fnu) if stores_e8m0(block, rule) else scale, block)
+    return Quantized(data, scale.to(torch.float8_e8m0fnu) if e8m0 else scale, block)
 
 
 def to_grid(x, fmt):
@@ -157,6 +157,11 @@ class Recipe:
     weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
     grad_format: str = "e4m3"
 
+    def __post_init__(self):
+        if self.weight_scale != "block" and self.weight_block != (ALL, ALL):
+            raise ValueError(f"recipe {self.name!r}: blocks {self.weight_block} of weights have scales of their own, "
+                             f"but {self.weight_scale!r} is one: choose weight_scale 'block', or blocks (ALL, ALL)")
+
     def __str__(self):
         return self.name
 
@@ -177,7 +182,8 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
     """x (R, C) -> Quantized with E8M0 scales ss (R, ceil(C/block)) under an FP32 global scale s.
 
     s = max_i s_i, of the tensor, or of every row with global_block = (1, ALL), unless `global_scale` is given: a
-    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, as that of an earlier step: ss absorbs it.
+    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, as that of an earlier step, while FP32 can hold
+    max |x| / s: ss absorbs it.
     """
     s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device)
@@ -315,15 +321,15 @@ def kernels_take(x):
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores.
 
-    A given `scale` is (1, 1).
-    Blocks of 128 x 128, of which there are only weights, are left to PyTorch.
+    A given `scale` is (1, 1). Blocks of 128 x 128, of which there are only weights, are left to PyTorch, as are blocks
+    of other widths than KERNEL_WIDTHS.
     """
     if scale is None and block == (ALL, ALL):
         scale = measured_scale(x, fmt, rule)
     if kernels_take(x):
         if scale is None and block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
             return norm_rows_triton(x, "none", None, fmt, rule)
-        if scale is not None or block[0] == 1 and block[1] != ALL:
+        if scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS:
             return quantize_triton(x, fmt, block, rule, scale)
     return quantize_reference(x, fmt, block, rule, scale)
 
@@ -395,6 +401,7 @@ def power_of_two_from(n):
     return 1 << max((n - 1).bit_length(), 4)
 
 
+KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores multiply FP8 32 at a time
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
 MAX_ELEMENTS = 2**31  # from here on a column times its stride may not fit into the 32 bits that kernels give it
 

@@ -428,10 +428,21 @@ class Transformer(nn.Module):
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None, caches=None):
-        start = caches[0]["k"].shape[1] if caches and caches[0] else 0
+        """tokens (B, T) -> logits (B, T, vocab), or with targets (B, T) the mean loss in nats per token.
+
+        caches: an empty dict per block, which keep the keys and values of these tokens for the ones that follow.
+        Raises ValueError for more tokens than the model reads, RuntimeError before FP8 weights were made.
+        """
+        T, start = tokens.shape[1], caches[0]["k"].shape[1] if caches and caches[0] else 0
+        if start + T > self.config.seq:
+            raise ValueError(f"{start + T} tokens: this model reads at most {self.config.seq}, its config.seq")
+        if start and T > 1:
+            raise ValueError(f"{T} tokens after {start} in the cache: they would see each other; pass one at a time")
+        if self.recipe and self.blocks[0].qkv.w is None:
+            raise RuntimeError(f"--fp8 {self.recipe} has no FP8 weights yet: requantize each of model.linears()")
         if self.rope[0].device != tokens.device:
             self.rope = tuple(table.to(tokens.device) for table in self.rope)
-        cos, sin = (table[start:start + tokens.shape[1]] for table in self.rope)
+        cos, sin = (table[start:start + T] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for i, block in enumerate(self.blocks):
             if self.recompute == "block" and torch.is_grad_enabled():

@@ -111,7 +111,8 @@ def test_promotion_holds_the_error_at_k_16384_that_fast_accumulation_loses():
     assert promoted < 2e-3 < fast   # BF16 rounding of the output alone is 1.66e-3
 
 
-UNEQUAL = [((1, 128), (ALL, ALL)), ((1, ALL), (1, ALL)), ((ALL, ALL), (128, 128)), ((1, 64), (1, 128))]
+UNEQUAL = [((1, 128), (ALL, ALL)), ((1, ALL), (1, ALL)), ((ALL, ALL), (128, 128)), ((1, 64), (1, 128)),
+           ((1, 128), (ALL, 128)), ((1, 16), (1, 16)), ((1, 256), (1, 256))]   # the kernel multiplies 32 to 128 at once
 
 
 @pytest.mark.parametrize("block_a, block_b", UNEQUAL, ids=str)
@@ -129,7 +130,7 @@ def test_scales_that_the_kernel_cannot_apply_are_multiplied_in_bf16(block_a, blo
 def test_scales_that_the_kernel_cannot_apply_are_refused_by_it(block_a, block_b):
     a, b = (quantize_reference(torch.ones(n, 256, device=DEVICE), E4M3, block, "fp32")
             for n, block in ((48, block_a), (32, block_b)))
-    with pytest.raises(ValueError, match="have to change on both sides"):
+    with pytest.raises(ValueError, match="use matmul, which multiplies such blocks in BF16"):
         gk.matmul_triton(a, b)
 
 
@@ -139,6 +140,27 @@ def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
     a = Quantized(data, scale, (ALL, ALL))
     with pytest.raises(ValueError, match="K = 24.*multiple of 16; pad"):
         gk.matmul_triton(a, a)
+
+
+@needs_triton
+def test_operands_of_different_k_are_refused_by_the_kernel():
+    a, b = (quantised_pair(16, 16, K, "tensor")[0] for K in (32, 64))
+    with pytest.raises(ValueError, match="K = 32 and 64"):
+        gk.matmul_triton(a, b)
+
+
+@needs_triton
+def test_the_kernel_takes_operands_of_any_strides():
+    a, b, exact = quantised_pair(32, 48, 64, "moss")
+    a.data = a.data.t().contiguous().t()
+    assert gk.relative_error(gk.matmul_triton(a, b, torch.float32), exact) < 1e-3
+
+
+def test_a_sum_is_kept_in_the_dtype_of_what_it_is_written_to():
+    a, b, exact = quantised_pair(16, 32, 64, "moss")
+    total = torch.full((16, 32), 1e3, device=DEVICE)
+    gk.matmul(a, b, add=total, out=total)
+    assert gk.relative_error(total, exact + 1e3) < 1e-5   # in BF16, the default, it would be 2e-3
 
 
 def test_torch_scaled_mm_agrees_on_scales_per_tensor():

@@ -1,6 +1,7 @@
 """The quantisers: scales of every recipe, two levels and the fold, the transpose; norm, SwiGLU and RoPE, quantised. The
 kernels give the same bits, but for what another route through float32 moves over a tie."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -118,6 +119,23 @@ def test_nan_and_inf_spoil_their_block_and_no_other(rule, bad):
 def test_zeros_stay_zero(rule):
     q = ms.quantize_reference(torch.zeros(2, 40), E4M3, (1, 32), rule)
     assert (q.dequantize() == 0).all() and q.scale.float().isfinite().all()
+
+
+def test_a_given_scale_is_used_as_it_is_in_small_blocks_too():
+    x, scale = random_rows(3, 64), torch.tensor([[0.0248]])
+    assert ms.sqnr(x, ms.quantize(x, E4M3, (1, 32), "up", scale).dequantize()) > 30
+
+
+def test_a_recipe_with_one_scale_per_weight_cannot_have_small_weight_blocks():
+    with pytest.raises(ValueError, match=r"'mine'.*\(128, 128\).*predicted"):
+        dataclasses.replace(ms.RECIPES["group"], name="mine", weight_scale="predicted")
+
+
+@pytest.mark.parametrize("width", [16, 48, 512])
+def test_blocks_of_any_width_are_quantised_where_the_kernels_run(width, monkeypatch):
+    monkeypatch.setattr(ms, "kernels_take", lambda x: ms.HAS_TRITON)
+    x = random_rows(4, 1000)
+    assert ms.sqnr(x, ms.quantize(x.to(DEVICE), E4M3, (1, width), "up").dequantize().cpu()) > 30
 
 
 def test_an_unknown_rule_is_refused_by_name():

@@ -465,6 +465,25 @@ def test_impossible_shapes_are_refused_by_name(change, message):
         dataclasses.replace(TINY, **change)
 
 
+@pytest.mark.parametrize("fp8", ["none", "moss"])
+def test_a_sequence_longer_than_the_models_is_refused(fp8):
+    with pytest.raises(ValueError, match="33 tokens.*at most 32"):
+        make(fp8=fp8)(torch.zeros(1, 33, dtype=torch.long, device=DEVICE))
+
+
+def test_after_the_first_tokens_of_a_text_the_model_takes_one_at_a_time():
+    model, caches = make(), [{} for _ in range(TINY.layers)]
+    with torch.no_grad():
+        model(tokens()[:1, :6], caches=caches)
+        with pytest.raises(ValueError, match="3 tokens after 6.*one at a time"):
+            model(tokens()[:1, 6:9], caches=caches)
+
+
+def test_a_model_without_fp8_weights_says_what_makes_them():
+    with pytest.raises(RuntimeError, match="requantize"):
+        Transformer(TINY, "moss")(torch.zeros(1, 4, dtype=torch.long))
+
+
 def test_unknown_recipe_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'fp4'.*none, tensor, group, mx, moss"):
         Transformer(TINY, "fp4")
