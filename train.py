@@ -97,7 +97,7 @@ class Config:
     max_skips: int = opt(5, "stop after this many skipped steps in a row: spikes, and losses and gradients not finite")
     # watching and saving
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
-    eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth of the steps)")
+    eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth of all, at most 250)")
     eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
     keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays, too")
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
@@ -159,7 +159,7 @@ def resolve(c, device, world):
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
-    c.eval_every = max(c.steps // 5, 1) if c.eval_every is None else c.eval_every
+    c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     for names, allowed, must in (
             ("layers steps batch accum seq log_every eval_every eval_batches max_skips keep", lambda v: v >= 1,
              "be at least 1"),
@@ -172,9 +172,9 @@ def resolve(c, device, world):
                 raise UserError(f"--{name} {getattr(c, name)} must {must}")
     if c.data == "":
         raise UserError("--data is empty: give a folder or a file, or leave --data out")
-    if Path(c.out).resolve() == Path.cwd():
-        raise UserError(f"--out {c.out} is the current folder, which cannot be renamed to keep an earlier run: "
-                        f"give a folder of its own")
+    if any(Path(c.out).resolve() in (path, *path.parents) for path in (Path.cwd(), Path(c.data or ".").resolve())):
+        raise UserError(f"--out {c.out} holds the current folder or --data, and is renamed when another run begins in "
+                        f"it: give a folder of its own")
     if c.accum % world:
         raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: "
                         f"use --accum {cdiv(c.accum, world) * world}")
@@ -266,7 +266,11 @@ def list_files(root, pattern="*"):
     for suffix in (".bin", ".npy"):
         if found := [p for p in files if p.suffix == suffix]:
             return found
-    return [p for p in files if np.fromfile(p, np.uint8, 1024).all()]   # text has no zero bytes
+    return [p for p in files if is_text(p)]
+
+
+def is_text(path):
+    return np.fromfile(path, np.uint8, 1024).all()   # no zero bytes
 
 
 def open_data(source):
@@ -282,6 +286,9 @@ def open_data(source):
     if not root.exists() and not matches:
         raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
     files = [root] if root.is_file() else matches or list_files(root, "*.py" if source is None else "*")
+    if root.is_file() and root.suffix not in (".bin", ".npy") and not is_text(root):
+        raise UserError(f"--data {root} is neither .bin nor .npy, and no text either, for it has zero bytes: write its "
+                        f"tokens to one of these")
     parts, dtypes = zip(*map(token_file, files)) if files else ((), ())
     if len(set(dtypes)) > 1:
         kinds = " and ".join(sorted({str(dtype) for dtype in dtypes}))
@@ -571,9 +578,11 @@ class Saver:
     def write(self, state):
         self.failed = None
         try:
-            newest = write_checkpoint(self.out, state)   # by time: a damaged file may have a later step
-            for old in [path for path in checkpoints(self.out) if path != newest][self.keep - 1:]:
-                if int(CHECKPOINT.fullmatch(old.name)[1]) != state["best"][1]:
+            newest = write_checkpoint(self.out, state)
+            steps = {path: int(CHECKPOINT.fullmatch(path.name)[1]) for path in checkpoints(self.out) if path != newest}
+            # Later steps come last: this run resumed from before them, so they are damaged.
+            for old in sorted(steps, key=lambda path: steps[path] > state["step"])[self.keep - 1:]:
+                if steps[old] != state["best"][1]:
                     old.unlink()
         except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing here may pass for success
             self.failed = (f"the checkpoint of step {state['step']} could not be written ({e.__class__.__name__}: "
@@ -597,7 +606,7 @@ def last_good(out):
 def load_checkpoint(out, model_config, say):
     """The newest checkpoint that is whole -> (its path, the state)."""
     if not checkpoints(out):
-        raise UserError(f"--resume: there is no checkpoint in {out}: check --out, or leave --resume out")
+        raise UserError(f"there is no checkpoint in {out}: check --out, or train without --resume")
     for path in checkpoints(out):
         try:
             if checksum(path) == CHECKPOINT.fullmatch(path.name)[2]:
@@ -608,7 +617,7 @@ def load_checkpoint(out, model_config, say):
             reason = type(e).__name__
         say(f"note: {path} is damaged ({reason}); looking for the one before it")
     else:
-        raise UserError(f"--resume: no checkpoint in {out} is whole: restore one from a copy, or leave --resume out")
+        raise UserError(f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
     if not isinstance(state, dict) or "model_config" not in state:
         raise UserError(f"--resume: {path} is no checkpoint of this program: check --out")
     for name, value in dataclasses.asdict(model_config).items():
@@ -640,7 +649,7 @@ def open_log(out, resumed_at):
     path = out / "log.jsonl"
     if resumed_at is not None and path.exists():
         kept, temporary = [], path.with_suffix(".tmp")
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             with suppress(ValueError):   # a line that the crash cut short
                 if json.loads(line)["step"] <= resumed_at:
                     kept.append(line + "\n")
@@ -662,7 +671,9 @@ def claim(out, c, step):
             print(f"an earlier run in {out} was moved to {earlier}")
             held = None   # the lock went with the folder
         out.mkdir(parents=True, exist_ok=True)
-        board = SummaryWriter(c.tensorboard) if c.tensorboard else None   # only now: it may lie in `out`
+        board = None
+        if c.tensorboard:   # only now: it may lie in `out`
+            board = SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None)
         return held or lock(out), open_log(out, step if c.resume else None), board
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
@@ -854,15 +865,17 @@ def evaluate(model, batches, ranks):
     """Mean validation loss in nats per token, over all ranks."""
     total = torch.zeros((), device=ranks.device)
     for i in range(ranks.rank, batches.config.eval_batches, ranks.world):
-        total += model(*batches.evaluation(i, ranks.device))
+        try:
+            total += model(*batches.evaluation(i, ranks.device))
+        except (UserError, OSError, ValueError) as e:   # costs this evaluation, not the run
+            print(f"rank {ranks.rank}, validation data: {e}")
+            total += math.nan
     return all_sum(total).item() / batches.config.eval_batches
 
 
 def check_scales_agree(scales, ranks):
     """Predicted scales are never sent: the same arithmetic gives the same numbers everywhere, or something is wrong."""
-    if scales is None or ranks.world == 1:
-        return
-    if not torch.equal(*extremes(scales.scale)):
+    if scales and ranks.world > 1 and not torch.equal(*extremes(scales.scale)):
         raise RunError("the ranks have different weight scales: do all run the same version of the code?")
 
 
@@ -1073,6 +1086,7 @@ def train(config):
         c.resume = True
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
+    out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
     norms = deque(maxlen=100)                # of the gradients of the last steps taken
 
     step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
@@ -1084,10 +1098,16 @@ def train(config):
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
         restore_weights(state, model)
-    earliest, latest = extremes(torch.tensor(step, device=device))
-    if earliest != latest:
-        raise RunError(f"the ranks found checkpoints of steps {earliest} to {latest}: --out {out} has to be one folder "
-                       f"that all nodes see")
+    told = {**dataclasses.asdict(c), "device": None, "data": None, "out": None}   # paths may differ from node to node
+    read = len(train_batches.tokens), len(val_batches.tokens)
+    mine = torch.tensor([step, zlib.crc32(json.dumps([told, read]).encode())], device=device)
+    least, most = (end.tolist() for end in extremes(mine))
+    if least[1] != most[1]:
+        raise RunError("the ranks have different options or data: start all of them with the same command, and give "
+                       "every node all files of --data")
+    if least[0] != most[0]:
+        raise RunError(f"the ranks found checkpoints of steps {least[0]} to {most[0]}: --out {out} has to be one "
+                       f"folder that all nodes see")
     shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
@@ -1097,6 +1117,8 @@ def train(config):
         for name, value in state["config"].items():
             if name not in ("resume", "device", "out") and getattr(c, name) != value:
                 say(f"note: --{name} was {value} and is now {getattr(c, name)}")
+                if name in ("data", "seq", "batch", "eval_batches"):   # no longer the same validation loss
+                    best = [math.inf, 0]
         before = state.get("ranks", ranks.world)
         changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
@@ -1190,10 +1212,13 @@ def train(config):
                     save()
                 if main:
                     finite = {k: v if np.isfinite(v) else None for k, v in record.items()}   # JSON knows no NaN
-                    log.write(json.dumps({**finite, **about}) + "\n")
-                    about = {}
-                    for key, value in record.items() if board else ():
-                        board.add_scalar(key, value, step)
+                    try:
+                        log.write(json.dumps({**finite, **about}) + "\n")
+                        for key, value in record.items() if board else ():
+                            board.add_scalar(key, value, step)
+                        about = {}
+                    except OSError as e:
+                        say(f"warning: step {step} is not in the log ({e.strerror}): make room in {out}")
                 left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
                 say(progress_line(record, c, left))
                 last_step, last_time = step, time.perf_counter()
@@ -1205,7 +1230,8 @@ def train(config):
         return None
 
     if main:
-        log.close()
+        with suppress(OSError):   # what could not be written was said above
+            log.close()
         print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
                "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": skipped,
@@ -1219,20 +1245,21 @@ def train(config):
 # ---------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show
 
-def report(c, device):
+def report(c, ranks):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
+    device, say = ranks.device, print if ranks.rank == 0 else lambda *_: None
     model, _, batches = build(c, device)
-    path, state = load_checkpoint(Path(c.out), model.config, print)
+    path, state = load_checkpoint(Path(c.out), model.config, say)
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)
     requantize(model, scales)
     if c.eval_only:
-        loss = evaluate(model, batches, Ranks(0, 1, device))
-        print(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}, "
+        loss = evaluate(model, batches, ranks)
+        say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}, "
               f"{numerics(c.fp8, device)}")
     if c.sample is not None:
-        print(sample(model, batches, device, c.seed, c.sample))
+        say(sample(model, batches, device, c.seed, c.sample))
 
 
 def plot_runs(folders, path):
@@ -1337,14 +1364,17 @@ def main(argv=None):
         if config.plot:
             plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
         elif config.bench or config.eval_only or config.sample is not None:
-            device = start_ranks(config.device).device
-            (bench if config.bench else report)(resolve(config, device, 1), device)
+            ranks = start_ranks(config.device)
+            c = resolve(config, ranks.device, 1)
+            bench(c, ranks.device) if c.bench else report(c, ranks)
         else:
             train(config)
         return 0
     except UserError as e:
         code, message = 2, e
     except RunError as e:
+        code, message = 1, e
+    except OSError as e:
         code, message = 1, e
     except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
@@ -1362,6 +1392,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")   # in a file, too, a line is there when it is printed
     code = main()
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
         for thread in threading.enumerate():

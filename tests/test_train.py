@@ -465,8 +465,24 @@ def test_more_ranks_than_parameters_cannot_share_them():
 
 
 def test_ranks_that_resume_at_different_steps_are_stopped(tiny, monkeypatch):
-    monkeypatch.setattr(train, "all_max", lambda tensor: torch.tensor([4, -2]))   # another rank found a later one
+    def all_max(tensor):   # another rank found a later checkpoint
+        return torch.stack((tensor[0] + torch.tensor([4, 0]), tensor[1] - torch.tensor([2, 0])))
+    monkeypatch.setattr(train, "all_max", all_max)
     with pytest.raises(train.RunError, match="steps 2 to 4: --out .* has to be one folder"):
+        run(tiny())
+
+
+def test_ranks_with_other_options_or_other_data_are_stopped(tiny, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(train, "extremes", lambda tensor: numbers.append(tensor[1].item()) or (tensor, tensor))
+    monkeypatch.setattr(train, "make_optimizer", lambda *_: 1 / 0)   # what follows is not of interest
+    for more in ("", "--device cpu", "--lr 1", "--out elsewhere", "--data " + str(ROOT / "README.md")):
+        with pytest.raises(ZeroDivisionError):
+            run(tiny(more))
+    assert [number == numbers[0] for number in numbers] == [True, True, False, True, False]
+
+    monkeypatch.setattr(train, "extremes", lambda tensor: (tensor, tensor + torch.tensor([0, 1])))
+    with pytest.raises(train.RunError, match="the same command.*all files of --data"):
         run(tiny())
 
 
@@ -782,6 +798,70 @@ def test_a_checkpoint_that_was_just_written_stays_beside_a_damaged_later_one(tmp
     assert any("step_00000005" in path.name for path in train.checkpoints(tmp_path))
 
 
+def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path):
+    for name in ("step_00000003_deadbeef.pt", "step_00000004_deadbeef.pt", "step_00000008_deadbeef.pt"):
+        (tmp_path / name).write_bytes(b"3 and 4 are good, 8 is not")
+    train.Saver(tmp_path, 2, print).write({"step": 6, "best": [1.0, 6]})
+    assert [path.name[:13] for path in train.checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
+
+
+def test_a_long_run_saves_every_250_steps():
+    assert [config(steps=steps).eval_every for steps in (3, 600, 100_000)] == [1, 120, 250]
+
+
+def test_validation_data_that_cannot_be_read_cost_one_evaluation(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    original, calls = train.Batches.evaluation, itertools.count()
+
+    def evaluation(self, i, device):
+        if next(calls) == 1:   # after step 2
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, i, device)
+    monkeypatch.setattr(train.Batches, "evaluation", evaluation)
+    assert math.isfinite(run(tiny("--fp8 none"))["val_loss"])
+    assert [record.get("val_loss", 0) is None for record in read_log(tmp_path / "out")] == [False, True, False, False]
+    assert len(train.checkpoints(tmp_path / "out")) == 2 and checkpoint(tmp_path / "out")["best"][1] == 4
+    assert "validation data: [Errno 5] Input/output error" in capsys.readouterr().out
+
+
+def test_a_line_of_the_log_that_cannot_be_written_does_not_end_the_run(tiny, monkeypatch, no_sample, capsys):
+    original = train.open_log
+
+    def open_log(*arguments):
+        log = original(*arguments)
+
+        def write(text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return SimpleNamespace(write=write, close=log.close)
+    monkeypatch.setattr(train, "open_log", open_log)
+    assert run(tiny("--fp8 none"))["steps"] == 4
+    assert "warning: step 2 is not in the log (No space left on device)" in capsys.readouterr().out
+
+
+def test_what_a_run_prints_is_there_at_once_and_in_any_encoding(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    (tmp_path / "text.txt").write_bytes("größer ".encode() * 100)
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen([sys.executable, "train.py", *TINY, "--steps", "4000", "--data", str(tmp_path),
+                                    "--out", str(tmp_path / "größer")], cwd=ROOT, stdout=printed,
+                                   env={**environment, "PYTHONIOENCODING": "ascii"})
+        while not (tmp_path / "größer" / "log.jsonl").exists() or not read_log(tmp_path / "größer"):
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.kill()
+        process.wait()
+    assert "step    1/4000" in (tmp_path / "printed").read_text()
+
+
+def test_an_error_of_the_file_system_is_said_in_one_line(tiny, monkeypatch, capsys):
+    def build(*_):
+        raise OSError(errno.ESTALE, "Stale file handle", "tokens.bin")
+    monkeypatch.setattr(train, "build", build)
+    assert train.main(tiny()) == 1
+    assert capsys.readouterr().err == "error: [Errno 116] Stale file handle: 'tokens.bin'\n".replace(
+        "116", str(errno.ESTALE))
+
+
 def test_nothing_that_goes_wrong_with_a_checkpoint_passes_for_success(tmp_path, monkeypatch):
     def write(out, state):
         raise MemoryError
@@ -921,6 +1001,22 @@ def test_an_earlier_run_is_renamed_and_never_overwritten(tiny, tmp_path, no_samp
     assert [newest(tmp_path / name).read_bytes() for name in ("out.1", "out.2", "out")] == runs
 
 
+def test_an_output_folder_that_is_a_link_stays_one(tiny, tmp_path, no_sample):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk")
+    for _ in range(2):
+        run(tiny("--fp8 none --steps 1"))
+    assert (tmp_path / "out").resolve() == tmp_path / "large disk" and (tmp_path / "large disk.1").is_dir()
+
+
+@pytest.mark.parametrize("out, data", [(".", "text.txt"), ("..", "text.txt"), ("exp", "exp/data"), ("exp", "exp/*.bin"),
+                                       ("exp", "exp")])
+def test_an_output_folder_whose_renaming_would_take_other_things_along_is_refused(out, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(train.UserError, match=f"--out {re.escape(out)} .*folder of its own"):
+        config(out=out, data=data)
+
+
 def test_the_current_folder_can_be_the_output_twice(tiny, tmp_path, monkeypatch, no_sample):
     folder = tmp_path / "here"
     folder.mkdir()
@@ -976,6 +1072,7 @@ BAD_DATA = {   # name of the file: (how it is made, what the line says)
     "cut.bin": (lambda p: write_shard(p, [1] * 999, count=1000), ["cut.bin", "1000 tokens", "3022 bytes", "copy it"]),
     "header.bin": (lambda p: write_tokens(p, [20240520], np.int32), ["header.bin", "version", "only version 1"]),
     "matrix.npy": (lambda p: np.save(p, np.zeros((9, 9), np.uint16)), ["matrix.npy", "(9, 9)", "one-dimensional"]),
+    "packed.npz": (lambda p: np.savez(p, np.zeros(999, np.uint16)), ["packed.npz", "neither .bin nor", "zero bytes"]),
     "float.npy": (lambda p: np.save(p, np.zeros(999, np.float32)), ["float.npy", "float32", "integers"]),
     "garbage.npy": (lambda p: p.write_bytes(b"garbage" * 99), ["garbage.npy", "not a readable", "numpy.save"]),
     "cut.npy": (write_truncated, ["cut.npy", "not a readable", "numpy.save"]),
@@ -1620,6 +1717,26 @@ def test_eval_only_reports_the_loss_that_the_run_ended_with_and_its_perplexity(t
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
 
 
+def test_ranks_share_an_evaluation_and_rank_0_reports_it(tiny, monkeypatch, no_sample, capsys):
+    run(tiny("--fp8 none"))
+    capsys.readouterr()
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda model, batches, ranks: seen.append(ranks.rank) or 1.0)
+    for rank in (1, 0):
+        monkeypatch.setattr(train, "start_ranks", lambda _, rank=rank: train.Ranks(rank, 2, CPU))
+        assert train.main(tiny("--fp8 none --eval-only --accum 2")) == 0
+        assert ("validation loss 1.0000" in capsys.readouterr().out) == (rank == 0)
+    assert seen == [1, 0]
+
+
+def test_a_best_checkpoint_is_not_compared_across_validation_data(tiny, tmp_path, monkeypatch, no_sample):
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1.0)
+    run(tiny("--fp8 none --steps 2"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: 2.0)
+    run(tiny("--fp8 none --resume --eval_batches 2"))
+    assert checkpoint(tmp_path / "out")["best"] == [2.0, 4]
+
+
 def test_sample_goes_on_with_a_text(tiny, capsys):
     run(tiny("--fp8 none"))
     capsys.readouterr()
@@ -1647,7 +1764,8 @@ def test_tensorboard_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_tensorboard_may_write_into_the_folder_of_the_run(tiny, tmp_path, monkeypatch, no_sample):
-    def writer(folder):
+    def writer(folder, purge_step):
+        assert purge_step is None   # a resumed run draws nothing twice
         Path(folder).mkdir(parents=True)
         return SimpleNamespace(add_scalar=lambda key, value, step: (Path(folder) / key).touch())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
