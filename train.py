@@ -1075,14 +1075,15 @@ def train(config):
     device, main = ranks.device, ranks.rank == 0
     say = print if main else lambda *_: None
     c = resolve(config, device, ranks.world)
-    # Did torchrun --max-restarts start this again after a rank had died? It counts restarts node by node. If no start
-    # before this one came as far as claiming the folder, what lies in it belongs to another run.
+    # Did torchrun start this again, after a rank had died or a node had come? It counts the former alone, node by node.
+    # If no start before this one came as far as claiming the folder, what lies in it belongs to another run.
     claimed, store = f"claimed {Path(c.out).resolve()}", ranks.store
-    in_vain = store is not None and store.check(["started"]) and not store.check([claimed])
+    was_claimed = store is not None and store.check([claimed])
+    in_vain = store is not None and store.check(["started"]) and not was_claimed
     restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device))
     if store is not None:
         store.set("started", "")
-    if restarts > 0 and checkpoints(Path(c.out)) and not in_vain:
+    if (restarts > 0 or was_claimed) and checkpoints(Path(c.out)) and not in_vain:
         c.resume = True
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step

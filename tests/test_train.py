@@ -495,6 +495,16 @@ def test_scales_are_measured_on_all_ranks_if_a_weight_of_one_exceeds_them(monkey
     assert anchored
 
 
+def test_ranks_that_torchrun_starts_anew_for_other_nodes_go_on_too(tiny, monkeypatch, no_sample, capsys):
+    """Nodes that come and go are no restarts to torchrun, but its store knows that this job has claimed the folder."""
+    kept = set()
+    store = SimpleNamespace(check=lambda keys: set(keys) <= kept, set=lambda key, _: kept.add(key))
+    monkeypatch.setattr(train, "start_ranks", lambda _: train.Ranks(0, 1, CPU, store))
+    for steps in (2, 4):
+        run(tiny(f"--fp8 none --steps {steps}"))
+    assert "at step 2" in capsys.readouterr().out
+
+
 def test_a_restart_after_a_start_in_vain_does_not_go_on_with_an_earlier_run(tiny, tmp_path, no_sample):
     run(tiny("--fp8 none --steps 2"))
     earlier = newest(tmp_path / "out")
