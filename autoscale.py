@@ -1,7 +1,7 @@
 """
 Weight scales without a max-reduction: how far can Adam move a weight in one step?
 
-    python autoscale.py                   # four tables: the bound, a prediction at work, what it costs and saves
+    python autoscale.py                   # tables: the bound, a prediction at work, what it costs and saves
     python autoscale.py --plot FILE.png   # the second table as a picture (needs matplotlib)
 
 An FP8 weight is stored as E4M3(W / scale), and scale must be at least max|W| / 448 or the largest weights
@@ -121,6 +121,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         if beta1 * beta1 > MAX_BETA_RATIO * beta2:
             raise ValueError(f"{name}: betas = {(beta1, beta2)} have beta1^2 > {MAX_BETA_RATIO} beta2, so the bound "
                              f"grows (almost) without limit; {fix}")
+        if group["capturable"] and beta2 > 0.9999:
+            raise ValueError(f"{name}: beta2 = {beta2} with capturable = True, whose FP32 bias corrections round by "
+                             f"more than the bound has room for; {fix}")
         if eps < MIN_EPS:
             raise ValueError(f"{name}: eps = {eps} is less than {MIN_EPS}, too small for squared gradients that "
                              f"underflow FP32; {fix}")
@@ -172,7 +175,7 @@ class WeightScales:
         return self.scale / self.true_scale()
 
     def measures(self, step: int) -> bool:
-        """Whether update() at this step reads the new weights: then it has to come after them, else it may precede."""
+        """Whether update() at this step reads the new weights: then call it after optimizer.step(), else before."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
     def anchor(self) -> None:
@@ -181,7 +184,7 @@ class WeightScales:
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
 
     def update(self, lr: float, betas: tuple, weight_decay: float, step: int) -> None:
-        """Follow an optimizer step. Call it once for every step that is not skipped: after it where measures(step).
+        """Follow an optimizer step. Call it once for each that is not skipped: after it if measures(step), else before.
 
         lr, betas and the decoupled weight_decay are those of that step; `step` is Adam's own count, from 1.
         Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds the scale. The

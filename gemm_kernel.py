@@ -8,13 +8,14 @@ tensor cores read:
 
     Y (M, N) = A (M, K) B (N, K)^T          A ~ Q_a scale_a,  B ~ Q_b scale_b
 
-Where do the scales go? If they change along K, sum_k s_k q_a q_b needs the running sum multiplied out every 32
-or 128 of K, by ordinary FP32 instructions, while the tensor cores wait. If they do not, they leave the sum,
+Where do the scales go? If they change along K, the product of every 32 or 128 of K has to be multiplied by its scales
+before it is added to the sum, by ordinary FP32 instructions, while the tensor cores wait. If not, they leave the sum,
 
     Y[m, n] = scale_a[m] scale_b[n] sum_k Q_a[m, k] Q_b[n, k]
 
-and the main loop applies none (MOSS, arXiv 2511.05811; microscale.py says how a microscaled activation gets there:
-`fold`). A linear layer does this three times (the last ^T of a line is that of A B^T),
+and the main loop applies none (MOSS, arXiv 2511.05811; microscale.py says why one scale per row does for `moss`). A
+linear layer from K inputs to N outputs does this three times for T tokens (the last ^T of a line is that of A B^T, the
+others name copies that are stored transposed),
 
     fprop   Y  (T, N) = X  (T, K)   W  (N, K)^T         sums over K
     dgrad   dX (T, K) = dY (T, N)   W^T(K, N)^T         sums over N
@@ -22,9 +23,9 @@ and the main loop applies none (MOSS, arXiv 2511.05811; microscale.py says how a
 
 Hopper's FP8 tensor cores keep about 14 bits of a running sum and cut off the rest. Where terms cancel, as they mostly
 do, that costs 1.3e-3 of the result at K = 4096 and 3.1e-3 at 16384. Where nearly all have one sign (operands of mean 2
-and deviation 1), every cut goes the same way, and at 16384 a quarter of the sum is gone. fprop lives with that, as it
-does elsewhere; dgrad and wgrad set the upper 16 bits of the sum aside every 16 x 128 of K (`promote`), which leaves
-0.9e-3, and 2.8% where the signs agree.
+and deviation 1), every cut goes the same way, and at 16384 a quarter of the sum is gone. fprop lives with that, as in
+torchao; dgrad and wgrad set the upper 16 bits of the sum aside every 16 x 128 of K (`promote`), which leaves 0.85e-3 at
+any K where terms cancel, and 2.8% at 16384 where the signs agree.
 """
 
 import functools
@@ -79,7 +80,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     return product if out is None else out.copy_(product)
 
 
-PROMOTE_EVERY = 16   # x 128 of K: an error of 0.85e-3 at any K, half of what rounding the output to BF16 adds
+PROMOTE_EVERY = 16   # x 128 of K: half of the error that rounding the output to BF16 adds, where terms cancel
 
 if HAS_TRITON:
     @triton.jit
@@ -91,6 +92,7 @@ if HAS_TRITON:
 
     @triton.jit
     def low(pair):
+        """pair (M, N/2) int32: two BF16 numbers each, column n in the low bits, n + N/2 in the high -> column n."""
         return (pair << 16).to(tl.float32, bitcast=True)
 
     @triton.jit
@@ -257,7 +259,8 @@ if HAS_TRITON:
 # The linear layer
 
 def quantize_for_both_sums(x, fmt, recipe):
-    """X (T, C) -> Quantized X, for the sum over C, and what the sum over T needs: X^T, or X, to be transposed later."""
+    """X (T, C) -> Quantized X for the sum over C, and for the sum over T, wgrad, X^T. Under a scale per token that has
+    to wait, for `transpose_for_wgrad` looks at the scales of X and dY together: then it is X again."""
     if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
         return quantize_both(x, fmt, measured_scale(x, fmt, recipe.rule))
     q = quantize(x, fmt, recipe.act_block, recipe.rule)
@@ -267,7 +270,8 @@ def quantize_for_both_sums(x, fmt, recipe):
 
 
 class FP8Linear(torch.autograd.Function):
-    """Y = X W^T with all three products in FP8. Between forward and backward it keeps X in FP8 only.
+    """Y = X W^T with all three products in FP8. Between forward and backward it keeps X in FP8 only. (For all recipes
+    but `moss`, which has fused functions in model.py.)
 
     x (T, K) any float dtype; weight (N, K), the master weight, receives the gradient; w and w_t are
     `quantize_weight(weight)`, made once per optimizer step; recipe: microscale.RECIPES.

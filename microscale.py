@@ -6,7 +6,7 @@ Scales: how a tensor becomes FP8. The recipes, and MOSS's two-level microscaling
 A quantiser stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
 that a matrix product will sum over. The recipes differ in how many elements share one scale:
 
-    recipe   activations, gradients             weights                      stands for
+    recipe   activations X, gradients dY        weights                      stands for
     tensor   FP32 per tensor                    FP32 per tensor              Transformer Engine, torchao
     group    FP32 per 1 x 128                   FP32 per 128 x 128           COAT, DeepSeek-V3
     mx       E8M0 per 1 x 32                    E8M0 per 1 x 32              OCP Microscaling v1.0
@@ -25,7 +25,7 @@ is multiplied into the FP8 numbers. That is exact until a number is so small tha
 of the row's maximum. Two things follow:
 
   - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
-    of twice. So the fast path never forms ss_i; it takes the smallest power of two that the row's maximum fits under.
+    of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
   - ss absorbs any s. With s = 1 the accuracy is the same to about a dB, no pass over the tensor finds a maximum, no
     state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
     of two. This is what `--fp8 moss` trains with.
@@ -188,7 +188,7 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
     s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device)
     ss = scale_from_amax(block_amax(x, (1, block)) / s, fmt, "up")
-    if global_scale is None:  # where s was rounded down, its own block is a rounding error too large for ss = 1
+    if global_scale is None:  # s may have been rounded down: the largest s_i / s is then a hair above 1, not ss = 2
         ss = ss.clamp(max=1)
     data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
     return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
@@ -249,13 +249,13 @@ def norm_rows_reference(x, kind, weight=None, fmt=E4M3):
 
 
 def swiglu(h):
-    """h = [gate, up] (..., 2 F) -> a = silu(gate) up (..., F)."""
+    """h = [gate, up] (..., 2 ffn) -> a = silu(gate) up (..., ffn)."""
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def swiglu_gradient(h, da):
-    """h = [gate, up] (R, 2 F), da (R, F), the gradient of a = silu(gate) up -> that of h, (R, 2 F) float32.
+    """h = [gate, up] (R, 2 ffn), da (R, ffn), the gradient of a = silu(gate) up -> that of h, (R, 2 ffn) float32.
 
     With sigma = sigmoid(gate):  d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma.
     """
@@ -266,12 +266,12 @@ def swiglu_gradient(h, da):
 
 
 def swiglu_rows_reference(h):
-    """h (R, 2 F) -> Quantized a (R, F), what the next layer reads, and h (R, 2 F), what the backward pass reads."""
+    """h (R, 2 ffn) -> Quantized a (R, ffn), which the next layer reads, and h, which the backward pass reads."""
     return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (swiglu(h.float()), h))
 
 
 def swiglu_backward_reference(h, da):
-    """Quantized h (R, 2 F), da (R, F) -> Quantized `swiglu_gradient`.
+    """Quantized h (R, 2 ffn), da (R, ffn) -> Quantized `swiglu_gradient`.
 
     The scale is that of a bound: |d gate| <= 1.1 |da up|, for no slope of silu is steeper, and |d up| <= |da gate|. So
     it is known before a sigmoid is taken. Mostly it is the scale of the maximum, or 2 or 4 times that: less range
@@ -293,7 +293,8 @@ def rope(x, cos, sin):
 
 
 def qkv_gradient(dq, dk, dv, cos, sin):
-    """Gradients of rope(q), rope(k) and v, (B, T, heads, head_dim) -> that of [q, k, v], (B T, d + 2 kv) float32."""
+    """Gradients of rope(q) (B, T, heads, head_dim), rope(k) and v (B, T, kv_heads, head_dim) -> that of [q, k, v],
+    (B T, d + 2 kv_dim) float32."""
     dq, dk = (rope(x.float(), cos, -sin) for x in (dq, dk))   # turned back by the same angles
     return torch.cat([x.float().flatten(2) for x in (dq, dk, dv)], dim=2).flatten(0, 1)
 
@@ -343,7 +344,7 @@ def quantize_both(x, fmt, scale):
 
 
 def measured_scale(x, fmt, rule="fp32"):
-    """The scale (1, 1) of the whole tensor, by a pass of its own over it."""
+    """The scale (1, 1) of the whole tensor, by a pass of its own over it (x.abs().amax() would write a copy, too)."""
     return scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
 
 
@@ -405,8 +406,14 @@ KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores 
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
 MAX_ELEMENTS = 2**31  # from here on a column times its stride may not fit into the 32 bits that kernels give it
 
+# A kernel is started as kernel[grid](...): a grid of *programs*, told apart by tl.program_id, each of which works on a
+# tile that lies in the registers of its threads. tl.load and tl.store reach memory where `mask` is true; what is
+# tl.constexpr is known when the kernel is compiled. num_warps: groups of 32 threads per program; num_stages: tiles on
+# their way from memory at once. An SM is one of the GPU's processors (an H200 has 132) and runs a few programs at a
+# time. On a CPU Triton's interpreter runs the same code in NumPy (TRITON_INTERPRET=1).
+
 if HAS_TRITON:
-    # Triton's interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
+    # The interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
     INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
     CAST_E4M3, CAST_E5M2 = (tl.constexpr(
         "{ .reg .b16 low, high; "
@@ -420,8 +427,8 @@ if HAS_TRITON:
     def to_fp8(x, IS_E4M3: tl.constexpr = True):
         """float32 -> FP8, round to nearest even, saturating, NaN stays NaN.
 
-        On a GPU one instruction casts two numbers. It is spelled out here, four numbers at a time: if Triton 3.6 casts
-        and the bytes are stored in rows and in columns, its assembler reads some of them before they are written.
+        On a GPU one instruction casts two numbers. It is spelled out here, four numbers at a time: where the bytes are
+        stored by rows and by columns, too, Triton 3.6 makes code of its own cast that stores wrong ones.
         """
         if INTERPRETED:
             # Adding and taking away 2^23 steps of the grid leaves x rounded to it. The step is 2^(e - mantissa bits),
@@ -821,10 +828,12 @@ A float has an exponent of its own: power-of-two scales add range, not precision
    store a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
           ("2. The same with a uniform element, an 8-bit integer",
            {n: lambda x, q=QUANTISERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
-An integer has no exponent: a scale that fits its block is precision. By energy, MOSS's Theorem 1 (tensor < group <
+An integer has no exponent: a scale that fits its block is precision. Of the tensor, MOSS's Theorem 1 (tensor < group <
    two-level) holds where sizes differ much inside a group: outlier channels, X of down, dY of gate_up. Elsewhere
    rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3 it holds nowhere."""),
-          ("3. Folding: share of values changed, energy of the change. SQNR of X^T if X is needed along both axes",
+          ("""\
+3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes: "once" from
+   X, "twice" from the quantised X, which is quantised again, "moved" its FP8 numbers, brought to one scale""",
            {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
             "moved": lambda x: score(x.t(), move(x)),
             "2^k, twice": lambda x, q=QUANTISERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8_formats import E4M3, FORMATS
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, cdiv, fold_loss, norm_rows, qkv_gradient,
-                        quantize, quantize_weight, rope, rope_, rope_backward, saturated_share, swiglu,
+                        quantize, quantize_weight, rope, rope_, rope_backward, saturated_share, stores_e8m0, swiglu,
                         swiglu_backward, swiglu_gradient, swiglu_rows)
 
 
@@ -149,7 +149,7 @@ def norm(x, kind, weight):
 
 @compiled
 def rope_and_split(qkv, cos, sin, d, kv_dim, head_dim):
-    """qkv (B, T, d + 2 kv_dim) -> q and k, turned, and v: (B, T, heads, head_dim)."""
+    """qkv (B, T, d + 2 kv_dim) -> q (B, T, heads, head_dim) and k, turned, and v (B, T, kv_heads, head_dim)."""
     q, k, v = (z.unflatten(-1, (-1, head_dim)) for z in qkv.split((d, kv_dim, kv_dim), dim=-1))
     return rope(q, cos, sin), rope(k, cos, sin), v
 
@@ -181,28 +181,29 @@ def attention(q, k, v, cache=None):
 # ---------------------------------------------------------------------------------------------------
 # The dataflow of moss
 
-# The functions below compute exactly this. All that differs, a changed RECIPES["moss"] too, runs layer by layer.
+# The functions below compute this recipe. A block of any other, or of a RECIPES["moss"] that is not equal to it, runs
+# layer by layer, as Block.forward reads.
 FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
 
 
 @compiled
 def norm_backward(dy, x, weight, kind, d_residual):
-    """Gradients of y = norm(x) weight, rows (T, d): -> (dx + d_residual, d weight or None), float32 inside.
+    """Of y = norm(x) weight: dy, x, d_residual (T, d), weight (d) or None -> dx + d_residual, d weight or None.
 
         x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
 
-    RMSNorm subtracts no mean: there mean and mean(g) are 0.
+    In float32. RMSNorm subtracts no mean: there mean and mean(g) are 0.
     """
-    centred = kind == "layer"
-    x, g = x.float(), dy.float()
+    dtype, centred = dy.dtype, kind == "layer"
+    x, dy = x.float(), dy.float()
     x = x - x.mean(-1, keepdim=True) if centred else x
     inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     x_hat = x * inverse
-    d_weight = None if weight is None else (g * x_hat).sum(0)
-    g = g if weight is None else g * weight.to(dy.dtype).float()
+    d_weight = None if weight is None else (dy * x_hat).sum(0)
+    g = dy if weight is None else dy * weight.to(dtype).float()   # the forward pass rounds it, too
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     dx = dx - g.mean(-1, keepdim=True) if centred else dx
-    return (dx * inverse + d_residual.float()).to(dy.dtype), d_weight
+    return (dx * inverse + d_residual.float()).to(dtype), d_weight
 
 
 def linear_backward(dy_q, x_q, layer, dtype):
@@ -224,7 +225,7 @@ def quantize_rows(x, layer, suffix="", kind="none", norm_weight=None):
 
 
 class NormQKV(torch.autograd.Function):
-    """x (B, T, d) -> q and k after RoPE, v: (B, T, heads, head_dim); and x.
+    """x (B, T, d) -> q (B, T, heads, head_dim) and k after RoPE, v (B, T, kv_heads, head_dim); and x.
 
     x is returned, too, for the residual connection: so the gradient that comes back along it arrives here, and is added
     where that of the norm is written. Keeps x; norm(x) in FP8, or makes it again (`recompute`). q, k and v, which
@@ -239,7 +240,7 @@ class NormQKV(torch.autograd.Function):
         ctx.layer, ctx.kind = layer, config.norm
         qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
         heads = [n // config.head_dim for n in (config.d, config.kv_dim, config.kv_dim)]
-        rope_(qkv[:, :, :-heads[2]], cos, sin)
+        rope_(qkv[:, :, :-heads[2]], cos, sin)   # all heads but those of v
         return *qkv.split(heads, dim=2), x
 
     @staticmethod
@@ -256,7 +257,7 @@ class NormQKV(torch.autograd.Function):
 
 
 class LinearResidual(torch.autograd.Function):
-    """x (T, K), residual (T, N) -> residual + x W^T. Keeps x in FP8, or as it is if attention keeps it anyway."""
+    """x (T, K), residual (T, N) -> residual + x W^T. Keeps x in FP8, or (`recompute`) x, as attention does anyway."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, layer, recompute):
@@ -352,7 +353,7 @@ def loss_and_gradient_(logits, targets, count):
 
 @compiled
 def scaled(x, factor):
-    """x factor, rounded once: on a GPU x * factor rounds the factor, too, to the dtype of x: 1/3 by 0.13% in BF16."""
+    """x times factor, rounded once. (A GPU rounds the factor to the dtype of x first: in BF16 1/3 is off by 0.2%.)"""
     return (x.float() * factor).to(x.dtype)
 
 
@@ -482,8 +483,8 @@ def parameter_count(c):
 def flops_per_token(c):
     """Training FLOPs per token: 6 per weight of a matrix product (2 forward, 4 backward), and causal attention.
 
-    Attention: a token looks at seq / 2 others on average; scores and weighted values cost 4 d each forward, and
-    twice that backward: 6 layers d seq. The embedding is a look-up and counts nothing.
+    Attention: a token looks at seq / 2 others on average. For each, the score and the weighted value cost 2 d forward
+    and 4 d backward: 6 d seq in every layer. The embedding is a look-up and counts nothing.
     """
     linear, _ = parameter_count(c)
     return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * c.seq
@@ -507,23 +508,22 @@ def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     linear, total = parameter_count(c)
     recipe = RECIPES[fp8]
     layer = element * (4 * c.d + 2 * c.kv_dim)
-    if fp8 == "moss":
+    if recipe == FUSED:
         layer += (0 if recompute == "act" else 3 * c.d) + 3 * c.ffn
     else:
         layer += element * (c.d + c.kv_dim + 3 * c.ffn)
-        layer += quantized_bytes(recipe.act_block) * (3 * c.d + c.ffn) if recipe else element * (2 * c.d + c.ffn)
-    copies = 2 * quantized_bytes(recipe.weight_block) * linear if recipe else element * linear
+        layer += quantized_bytes(recipe, "act") * (3 * c.d + c.ffn) if recipe else element * (2 * c.d + c.ffn)
+    copies = 2 * quantized_bytes(recipe, "weight") * linear if recipe else element * linear
     layers = element * c.d * (c.layers - 1) + layer if recompute == "block" else c.layers * layer
     per_token = layers + element * (2 * c.d + c.vocab)
     return {"weights": 4 * (total - linear + linear / ranks), "copies": copies + element * c.vocab * c.d,
             "gradients": 4 * total, "optimizer": 8 * total / ranks, "activations": tokens * per_token}
 
 
-def quantized_bytes(block):
-    """Bytes per value in FP8 with its share of a block's scale: 1 for E8M0 per 32, 4 for FP32 per 128 or 128 x 128."""
-    if ALL in block:
-        return 1.0
-    return 1 + (1 if block[1] == 32 else 4) / (block[0] * block[1])
+def quantized_bytes(recipe, what):
+    """Bytes per value in FP8 with its share of its block's scale, which is one byte in E8M0 and else four."""
+    block = recipe.act_block if what == "act" else recipe.weight_block
+    return 1.0 if ALL in block else 1 + (1 if stores_e8m0(block, recipe.rule) else 4) / (block[0] * block[1])
 
 
 if __name__ == "__main__":

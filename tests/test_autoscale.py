@@ -439,7 +439,8 @@ def test_unsupported_optimizers_are_refused_with_the_fix(optimizer_class):
         check_optimizer(optimizer_class(ragged_weights(), lr=1e-3))
 
 
-@pytest.mark.parametrize("options, named", [({"betas": (0.95, 0.9)}, "without limit"), ({"eps": 0.0}, "eps = 0.0")])
+@pytest.mark.parametrize("options, named", [({"betas": (0.95, 0.9)}, "without limit"), ({"eps": 0.0}, "eps = 0.0"),
+                                            ({"betas": (0.9, 0.99999), "capturable": True}, "capturable")])
 def test_settings_outside_the_proof_are_refused_in_any_group(options, named):
     first, *others = ragged_weights()
     optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others, **options}])
