@@ -18,6 +18,7 @@ import errno
 import functools
 import gc
 import glob
+import io
 import itertools
 import json
 import math
@@ -522,29 +523,23 @@ def checksum(path):
     return f"{crc:08x}"
 
 
-class SummedFile:
-    """What torch.save writes to: a file, and the CRC32 of all that went into it."""
-
-    def __init__(self, file):
-        self.file, self.crc = file, 0
+class SummedFile(io.BufferedWriter):
+    """A file, and the CRC32 of all that was written to it."""
+    crc = 0
 
     def write(self, data):
         self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
-
-    def flush(self):
-        self.file.flush()
+        return super().write(data)
 
 
 def write_checkpoint(out, state):
     """Written beside its place and renamed into it: a crash leaves a whole file or none. -> its path."""
     temporary = out / "checkpoint.tmp"
-    with open(temporary, "wb") as f:
-        summed = SummedFile(f)
-        torch.save(state, summed)
+    with SummedFile(open(temporary, "wb", buffering=0)) as f:
+        torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
-    path = out / f"step_{state['step']:08}_{summed.crc:08x}.pt"
+    path = out / f"step_{state['step']:08}_{f.crc:08x}.pt"
     os.replace(temporary, path)
     return path
 
