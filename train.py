@@ -1263,16 +1263,14 @@ def plot_runs(folders, path):
     with picture(path, yscale="log", xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
-        for behind, folder in reversed(list(enumerate(reversed(folders)))):
+        for behind, folder in zip(reversed(range(len(folders))), folders):
             try:
                 records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             except (OSError, ValueError) as e:
                 raise UserError(f"--plot: {folder} has no log to draw ({e}): give folders as --out a,b") from None
-            line, = axes.plot([r["step"] for r in records], [r["loss"] for r in records], label=folder.name,
-                              lw=1 + 2 * behind)
-            evaluated = [r for r in records if "val_loss" in r]
-            axes.plot([r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o", ms=4 + 3 * behind,
-                      color=line.get_color())
+            steps, losses, val_losses = ([r.get(key) for r in records] for key in ("step", "loss", "val_loss"))
+            line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
+            axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
 
 
 # ---------------------------------------------------------------------------------------------------
