@@ -1366,9 +1366,7 @@ def main(argv=None):
         return 0
     except UserError as e:
         code, message = 2, e
-    except RunError as e:
-        code, message = 1, e
-    except OSError as e:
+    except (RunError, OSError) as e:
         code, message = 1, e
     except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
