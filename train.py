@@ -1000,8 +1000,8 @@ def collect_state(model, optimizer, shards, main):
     for name, p in model.named_parameters():
         kept = {"weight": p.data, **optimizer.state.get(p, {})}
         if shards:
-            keys = ("weight", "exp_avg", "exp_avg_sq") if started else ("weight",)
-            kept = {**kept, **{key: shards.collect(p, kept.get(key)) for key in keys}}
+            for key in ("weight", "exp_avg", "exp_avg_sq") if started else ("weight",):
+                kept[key] = shards.collect(p, kept.get(key))
             kept["step"] = next((s["step"] for s in optimizer.state.values()), None)   # all parameters step together
         if main:
             kept = on_cpu(kept)
