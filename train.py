@@ -277,10 +277,9 @@ def is_text(path):
 def open_data(source):
     """--data -> (train, val: Tokens, vocabulary or None if the files do not say).
 
-    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder. (For
-    a pattern that is the folder that holds all its files.)
-    Without these it is a twentieth: of the files, chosen by a checksum of their names, if there are at least 40, else
-    of the tokens, the last ones.
+    Validation data are token files whose path below --data has the word "val", or a text file val.* in the folder (of
+    a pattern: the one that holds all its files). Without these it is a twentieth: of the files, chosen by a checksum of
+    their names, if there are at least 40, else of the tokens, the last ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
@@ -654,8 +653,7 @@ def open_log(out, resumed_at):
 
 
 def claim(out, c, step):
-    """Makes the folder of the run its own -> (the lock, the log, tensorboard's writer or None). That of an earlier run
-    is renamed, never overwritten."""
+    """Makes the run's folder its own, renaming that of an earlier run -> (lock, log, tensorboard's writer or None)."""
     try:
         if c.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
