@@ -173,7 +173,7 @@ def resolve(c, device, world):
                 raise UserError(f"--{name} {getattr(c, name)} must {must}")
     if c.data == "":
         raise UserError("--data is empty: give a folder or a file, or leave --data out")
-    if any(Path(c.out).resolve() in (path, *path.parents) for path in (Path.cwd(), Path(c.data or ".").resolve())):
+    if any(path.is_relative_to(Path(c.out).resolve()) for path in (Path.cwd(), Path(c.data or ".").resolve())):
         raise UserError(f"--out {c.out} holds the current folder or --data, and is renamed when another run begins in "
                         f"it: give a folder of its own")
     if c.accum % world:
