@@ -1071,12 +1071,11 @@ def train(config):
     # Did torchrun start this again, after a rank had died or a node had come? It counts the former alone, node by node.
     # If no start before this one came as far as claiming the folder, what lies in it belongs to another run.
     claimed, store = f"claimed {Path(c.out).resolve()}", ranks.store
-    was_claimed = store is not None and store.check([claimed])
-    in_vain = store is not None and store.check(["started"]) and not was_claimed
+    was_claimed, was_started = (store is not None and store.check([key]) for key in (claimed, "started"))
     restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device))
     if store is not None:
         store.set("started", "")
-    if (restarts > 0 or was_claimed) and checkpoints(Path(c.out)) and not in_vain:
+    if (was_claimed or restarts > 0 and not was_started) and checkpoints(Path(c.out)):
         c.resume = True
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
