@@ -933,8 +933,8 @@ def test_a_run_keeps_the_last_checkpoints_and_the_best(tiny, tmp_path, monkeypat
     assert checkpoint(tmp_path / "out")["best"] == [1.0, 2]
 
 
-@pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4), torch.arange(1000)],
-                         ids=["transposed", "scalar", "empty", "integers"])
+@pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4), torch.arange(1000),
+                               torch.randn(1025, 1027).t()], ids=["transposed", "scalar", "empty", "integers", "large"])
 def test_a_copy_on_the_cpu_has_the_numbers_of_the_original_and_memory_of_its_own(x):
     before, copied = x.clone(), train.on_cpu({"x": [x, 1]})["x"]
     x.zero_()
