@@ -122,7 +122,7 @@ class Config:
 
 # Batch and learning rate as the models of these sizes are usually trained; the first two rows fit a coffee break.
 DEFAULTS = {
-    "nano": dict(batch=32, accum=1, steps=160, lr=4e-3),
+    "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
