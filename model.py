@@ -510,20 +510,21 @@ def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     layer = element * (4 * c.d + 2 * c.kv_dim)
     if recipe == FUSED:
         layer += (0 if recompute == "act" else 3 * c.d) + 3 * c.ffn
-    else:
+    elif recipe:
         layer += element * (c.d + c.kv_dim + 3 * c.ffn)
-        layer += quantized_bytes(recipe, "act") * (3 * c.d + c.ffn) if recipe else element * (2 * c.d + c.ffn)
-    copies = 2 * quantized_bytes(recipe, "weight") * linear if recipe else element * linear
+        layer += quantized_bytes(recipe.act_block, recipe.rule) * (3 * c.d + c.ffn)
+    else:
+        layer += element * (3 * c.d + c.kv_dim + 4 * c.ffn)
+    copies = 2 * quantized_bytes(recipe.weight_block, recipe.rule) * linear if recipe else element * linear
     layers = element * c.d * (c.layers - 1) + layer if recompute == "block" else c.layers * layer
     per_token = layers + element * (2 * c.d + c.vocab)
     return {"weights": 4 * (total - linear + linear / ranks), "copies": copies + element * c.vocab * c.d,
             "gradients": 4 * total, "optimizer": 8 * total / ranks, "activations": tokens * per_token}
 
 
-def quantized_bytes(recipe, what):
+def quantized_bytes(block, rule):
     """Bytes per value in FP8 with its share of its block's scale, which is one byte in E8M0 and else four."""
-    block = recipe.act_block if what == "act" else recipe.weight_block
-    return 1.0 if ALL in block else 1 + (1 if stores_e8m0(block, recipe.rule) else 4) / (block[0] * block[1])
+    return 1.0 if ALL in block else 1 + (1 if stores_e8m0(block, rule) else 4) / (block[0] * block[1])
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class RunError(Exception):
     """The run went wrong and cannot go on. Exit code 1."""
 
 
+UNREADABLE = (UserError, OSError, ValueError)   # what reading a batch raises where data have gone wrong since the start
+
+
 # ---------------------------------------------------------------------------------------------------
 # Options
 
@@ -377,7 +380,7 @@ class Batches:
 
     def prefetch(self, step, micro, device):
         """Reads what `step` will be asked for, while the GPU still computes. If it fails, `step` will say so."""
-        with suppress(UserError, OSError, ValueError):
+        with suppress(*UNREADABLE):
             self.ready = (step, micro), self.step(step, micro, device)
 
     def start(self, epoch, number):
@@ -402,6 +405,10 @@ class Ranks:
     world: int
     device: torch.device
     store: object = None   # torchrun's: what is written there outlives restarts
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text)
 
 
 def start_ranks(device):
@@ -861,10 +868,12 @@ def evaluate(model, batches, ranks):
     total = torch.zeros((), device=ranks.device)
     for i in range(ranks.rank, batches.config.eval_batches, ranks.world):
         try:
-            total += model(*batches.evaluation(i, ranks.device))
-        except (UserError, OSError, ValueError) as e:   # costs this evaluation, not the run
+            tokens, targets = batches.evaluation(i, ranks.device)
+        except UNREADABLE as e:   # costs this evaluation, not the run
             print(f"rank {ranks.rank}, validation data: {e}")
             total += math.nan
+        else:
+            total += model(tokens, targets)
     return all_sum(total).item() / batches.config.eval_batches
 
 
@@ -1047,7 +1056,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
     for micro in mine:
         try:
             (tokens, targets), readable = batches.step(step, micro, ranks.device), True
-        except (UserError, OSError, ValueError) as e:   # the other ranks wait for this one: go on, and let all skip
+        except UNREADABLE as e:   # the other ranks wait for this one: go on, and let all skip
             print(f"step {step + 1}, rank {ranks.rank}: {e}")
             tokens = targets = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device)
             readable = False
@@ -1068,7 +1077,7 @@ def train(config):
     """The whole run; returns its summary as a dict, or None if a signal ended it."""
     ranks = start_ranks(config.device)
     device, main = ranks.device, ranks.rank == 0
-    say = print if main else lambda *_: None
+    say = ranks.say
     c = resolve(config, device, ranks.world)
     # Did torchrun start this again, after a rank had died or a node had come? It counts the former alone, node by node.
     # If no start before this one came as far as claiming the folder, what lies in it belongs to another run.
@@ -1183,7 +1192,7 @@ def train(config):
                 if in_a_row >= c.max_skips:
                     try:
                         first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
-                    except (UserError, OSError, ValueError) as e:
+                    except UNREADABLE as e:
                         first = f"its data: {e}"
                     saver.wait()
                     raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look at "
@@ -1242,7 +1251,7 @@ def train(config):
 
 def report(c, ranks):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
-    device, say = ranks.device, print if ranks.rank == 0 else lambda *_: None
+    device, say = ranks.device, ranks.say
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, say)
     restore_weights(state, model)
