@@ -71,15 +71,18 @@ def test_the_losses_that_it_compares_are_those_of_the_logs():
     header, rows = re.search(r"^\| `--fp8` \|(.* mean) \|\n.*\n((?:\|.*\n)+)", README, re.MULTILINE).groups()
     seeds, means = re.findall(r"seed (\d+)", header), {}
     for row in rows.splitlines():
-        fp8, *losses, mean = row.strip("| ").replace("`", "").split(" | ")
+        fp8, *losses, mean = (cell.strip(" `") for cell in row[1:-1].split("|"))
         finals = []
         for seed, loss in zip(seeds, losses, strict=True):
+            if not loss:   # not run
+                continue
             records = [json.loads(line) for line in open(ROOT / f"assets/runs/124m-{fp8}-{seed}/log.jsonl")]
             first, last = records[0], records[-1]
             assert (first["config"]["fp8"], first["config"]["seed"], last["step"]) == (fp8, int(seed), 1500)
             assert loss == f"{last['val_loss']:.4f}" and last["skipped"] == 0 and first["hardware"]
             assert fp8 != "moss" or min(record["scale_ratio_min"] for record in records) >= 1
             finals.append(last["val_loss"])
-        means[fp8] = sum(finals) / len(finals)
-        assert mean == f"{means[fp8]:.4f}"
+        if len(finals) == len(seeds):
+            means[fp8] = sum(finals) / len(finals)
+        assert mean == (f"{means[fp8]:.4f}" if fp8 in means else "")
     assert abs(means["moss"] / means["none"] - 1) < 0.003
