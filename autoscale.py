@@ -40,8 +40,8 @@ if HAS_TRITON:
 # division by 448 at an anchor), so 8u suffices. In 500 steps that adds 0.02% to a scale.
 WEIGHT_SLACK = 1 + 2**-21
 # Adam's update has a relative error below 5.5u / (1 - beta1^2 / beta2) from its recursions for m and v, and below
-# 2u / (1 - beta2) where bias corrections are computed in FP32 (capturable=True). For beta1^2 <= 0.999 beta2 and
-# beta2 <= 0.9999 both together stay below 2^-9. Twice that is 0.4% of an update.
+# 2u / (1 - beta2) where bias corrections are computed in FP32 (capturable=True, for CUDA graphs). For
+# beta1^2 <= 0.999 beta2 and beta2 <= 0.9999 both together stay below 2^-9. Twice that is 0.4% of an update.
 UPDATE_SLACK = 1 + 2**-8
 MAX_BETA_RATIO = 0.999  # of beta1^2 / beta2; from 1 on, kappa_t grows without limit
 MIN_EPS = 1e-15         # with less, squared gradients that underflow FP32 leave v = 0 under an m > 0
@@ -175,7 +175,8 @@ class WeightScales:
         return self.scale / self.true_scale()
 
     def measures(self, step: int) -> bool:
-        """Whether update() at this step reads the new weights: then call it after optimizer.step(), else before."""
+        """Whether update() at this step reads the new weights: then call it after optimizer.step(). Else call it before
+        if FP8AdamW is the optimizer, which writes the weights under the new scales; for others either order will do."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
     def anchor(self) -> None:
@@ -184,7 +185,7 @@ class WeightScales:
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
 
     def update(self, lr: float, betas: tuple, weight_decay: float, step: int) -> None:
-        """Follow an optimizer step. Call it once for each that is not skipped: after it if measures(step), else before.
+        """Follow an optimizer step. Call it once for each that is not skipped, when `measures` says.
 
         lr, betas and the decoupled weight_decay are those of that step; `step` is Adam's own count, from 1.
         Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds the scale. The

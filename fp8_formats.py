@@ -236,7 +236,7 @@ def grid(fmt):
 # What `python fp8_formats.py` shows
 
 def relative_error(fmt, k):
-    """RMS of |x - round(x)| / x over evenly spaced x in the binade max·[2^-(k+1), 2^-k]."""
+    """RMS of |x - round(x)| / x over evenly spaced x in max·[2^-(k+1), 2^-k]."""
     x = fmt.max * 2.0**-k * torch.linspace(0.5, 1, 4096, dtype=torch.float64)
     return ((round_to_format(x, fmt) - x) / x).square().mean().sqrt().item()
 

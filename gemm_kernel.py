@@ -13,9 +13,9 @@ before it is added to the sum, by ordinary FP32 instructions, while the tensor c
 
     Y[m, n] = scale_a[m] scale_b[n] sum_k Q_a[m, k] Q_b[n, k]
 
-and the main loop applies none (MOSS, arXiv 2511.05811; microscale.py says why one scale per row does for `moss`). A
-linear layer from K inputs to N outputs does this three times for T tokens (the last ^T of a line is that of A B^T, the
-others name copies that are stored transposed),
+and the main loop over K applies none. What follows it does, the *epilogue* (MOSS, arXiv 2511.05811; microscale.py says
+why one scale per row will do for `moss`). A linear layer from K inputs to N outputs does this three times for T tokens
+(the last ^T of a line is that of A B^T, the others name copies that are stored transposed),
 
     fprop   Y  (T, N) = X  (T, K)   W  (N, K)^T         sums over K
     dgrad   dX (T, K) = dY (T, N)   W^T(K, N)^T         sums over N
@@ -24,8 +24,8 @@ others name copies that are stored transposed),
 Hopper's FP8 tensor cores keep about 14 bits of a running sum and cut off the rest. Where terms cancel, as they mostly
 do, that costs 1.3e-3 of the result at K = 4096 and 3.1e-3 at 16384. Where nearly all have one sign (operands of mean 2
 and deviation 1), every cut goes the same way, and at 16384 a quarter of the sum is gone. fprop lives with that, as in
-torchao; dgrad and wgrad set the upper 16 bits of the sum aside every 16 x 128 of K (`promote`), which leaves 0.85e-3 at
-any K where terms cancel, and 2.8% at 16384 where the signs agree.
+torchao; dgrad and wgrad set the upper 16 bits of the sum aside every 16 x 128 of K (`promote`, as CUTLASS calls it),
+which leaves 0.85e-3 at any K where terms cancel, and 2.8% at 16384 where the signs agree.
 """
 
 import functools
@@ -33,6 +33,7 @@ import os
 import statistics
 
 import torch
+from torch.autograd.function import once_differentiable
 
 if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)):
     os.environ["TRITON_INTERPRET"] = "1"   # run alone, and not on a Hopper: the kernels run in Triton's interpreter
@@ -58,6 +59,8 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
 
 def kernel_can_scale(a, b):
     """Whether the kernel can apply these scales: A's per row or one, and one of B; or both in equal steps along K."""
+    if a.global_scale is not None or b.global_scale is not None:
+        return False
     if a.block[1] == ALL:
         return a.block[0] in (1, ALL) and b.block == (ALL, ALL)
     return a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] and b.block[1] in KERNEL_WIDTHS
@@ -73,7 +76,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     exact under powers of two (`mx`); other scales round them. Blocks that the kernel cannot scale go the same way.
     """
     fp8 = has_fp8_tensor_cores(a.data.device)
-    if fp8 and a.block[1] != 32 and kernel_can_scale(a, b):
+    if fp8 and a.data.itemsize == b.data.itemsize == 1 and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     out_dtype = out_dtype if out is None else out.dtype
     product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if fp8 else torch.float32)
@@ -243,7 +246,7 @@ if HAS_TRITON:
         quarters = BLOCK_N == 256 and (c.element_size() > 2 or add is not None)
         tma_store = N * c.element_size() % 16 == 0
         # in the loop, the scales of one step along K lie side by side
-        scales = [s.float().t().contiguous() if in_loop else s for s in (a.scale, b.scale)]
+        scales = [(s.float().t() if in_loop else s).contiguous() for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),
@@ -285,13 +288,15 @@ class FP8Linear(torch.autograd.Function):
         return matmul(x_q, w, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
         x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
         dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
         dy_t, x_t = transpose_for_wgrad(dy_q, x_kept, fmt) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
-        return dx, matmul(dy_t, x_t, ctx.weight_dtype, promote=True), None, None, None
+        dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None, None
 
 
 def transpose_for_wgrad(dy, x, dy_fmt):

@@ -19,16 +19,16 @@ the scale s_i = max|X_i| / 448, and splits that into a global and a local part:
     s = max_i s_i  (FP32, per tensor or row)    ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
     Q_i = E4M3(X_i / (s ss_i))                  X_i ~ Q_i s ss_i
 
-A tensor core sums Q_a Q_b along C at full speed only if no scale changes along C. `fold` takes the scales out of its
-way: the largest ss of a row stays outside as the row's scale, and what remains of each ss_i, a power of two <= 1,
-is multiplied into the FP8 numbers. That is exact until a number is so small that it turns subnormal, some 2^-14
-of the row's maximum. Two things follow:
+A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only if no scale
+changes along C. `fold` takes the scales out of its way: s and the largest ss of a row stay outside as the row's scale,
+and what remains of each ss_i, a power of two <= 1, is multiplied into the FP8 numbers. That is exact until a number is
+so small that it turns subnormal, some 2^-14 of the row's maximum. Two things follow:
 
   - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
     of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
-  - ss absorbs any s. With s = 1 the accuracy is the same to about a dB, no pass over the tensor finds a maximum, no
-    state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale is a power
-    of two. This is what `--fp8 moss` trains with.
+  - ss absorbs any s. With s = 1 the noise is the same to about a dB (6 dB are one bit), no pass over the tensor finds
+    a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale
+    is a power of two. This is what `--fp8 moss` trains with.
 
 Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantise (that of RoPE in the backward pass).
 """
@@ -195,7 +195,7 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
 
 
 def fold(q, fmt=E4M3):
-    """Two-level Quantized -> one power-of-two scale per row. Exact while the folded number is normal.
+    """Two-level Quantized -> one scale per row, s times a power of two. Exact while the folded number is normal.
 
     No recipe calls it: rounding under the row's scale, in one step, gives the same numbers where they are normal, and
     better ones below.
@@ -203,7 +203,7 @@ def fold(q, fmt=E4M3):
     ss = q.scale.float()
     row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
     data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), fmt)
-    return Quantized(data, row, (1, ALL), q.global_scale)
+    return Quantized(data, row if q.global_scale is None else row * q.global_scale, (1, ALL))
 
 
 def fold_loss(x, fmt=E4M3, block=32):
@@ -227,7 +227,7 @@ def transpose_reference(q, row_factor=None, fmt=E4M3):
     the result is normal; below, it is rounded to nearest even, once.
     """
     if row_factor is not None:
-        q = cast(uncast(q) * row_factor, fmt)
+        q = to_grid(uncast(q) * row_factor, fmt)
     return q.t().contiguous()
 
 
@@ -315,8 +315,8 @@ def has_fp8_tensor_cores(device):
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def kernels_take(x):
-    return has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS
+def kernels_take(x, fmt=E4M3):
+    return has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS and fmt.dtype is not None
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
@@ -327,7 +327,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """
     if scale is None and block == (ALL, ALL):
         scale = measured_scale(x, fmt, rule)
-    if kernels_take(x):
+    if kernels_take(x, fmt):
         if scale is None and block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
             return norm_rows_triton(x, "none", None, fmt, rule)
         if scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS:
@@ -337,7 +337,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
 
 def quantize_both(x, fmt, scale):
     """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R), from one reading of x."""
-    if kernels_take(x):
+    if kernels_take(x, fmt):
         return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
     q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
     return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
@@ -354,7 +354,7 @@ def norm_rows(x, kind, weight=None, fmt=E4M3):
         raise ValueError(f"norm {kind!r} is unknown: choose one of {', '.join(NORMS)}")
     if weight is not None and weight.shape != x.shape[1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: rows of {x.shape[1]} need as many weights")
-    if kernels_take(x) and x.shape[1] <= MAX_COLUMNS:
+    if kernels_take(x, fmt) and x.shape[1] <= MAX_COLUMNS:
         return norm_rows_triton(x, kind, weight, fmt)
     return norm_rows_reference(x, kind, weight, fmt)
 
@@ -388,7 +388,7 @@ def rope_backward(dq, dk, dv, cos, sin):
 
 def transpose(q, row_factor=None, fmt=E4M3):
     """FP8 data (R, C) -> (C, R), as `transpose_reference`."""
-    if has_fp8_tensor_cores(q.device):
+    if has_fp8_tensor_cores(q.device) and fmt.dtype is not None:
         return transpose_triton(q, row_factor, fmt)
     return transpose_reference(q, row_factor, fmt)
 
@@ -637,8 +637,8 @@ if HAS_TRITON:
         q = torch.empty(R, 2 * ffn, device=da.device, dtype=E4M3.dtype)
         scale = torch.empty(R, 1, device=da.device)
         block = min(power_of_two_from(ffn), 4096)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale, da.contiguous(), q, scale, ffn, BLOCK=block,
-                                      num_warps=8)
+        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q, scale, ffn,
+                                      BLOCK=block, num_warps=8)
         return Quantized(q, scale, (1, ALL))
 
     @triton.jit
@@ -733,8 +733,8 @@ if HAS_TRITON:
         R, C = q.shape
         out = torch.empty(C, R, device=q.device, dtype=q.dtype)
         grid = (cdiv(R, 64), cdiv(C, 256))
-        _transpose_kernel[grid](q, row_factor, out, R, C, HAS_FACTOR=row_factor is not None, IS_E4M3=fmt is E4M3,
-                                BLOCK_R=64, BLOCK_C=256, num_warps=8)
+        _transpose_kernel[grid](q.contiguous(), row_factor, out, R, C, HAS_FACTOR=row_factor is not None,
+                                IS_E4M3=fmt is E4M3, BLOCK_R=64, BLOCK_C=256, num_warps=8)
         return out
 
 
@@ -742,7 +742,8 @@ if HAS_TRITON:
 # Weights
 
 def quantize_weight(weight, recipe, scale=None):
-    """W (N, K) -> FP8 W for fprop, which sums over K, and FP8 W^T (K, N) for dgrad, which sums over N.
+    """W (N outputs, K inputs) -> FP8 W for fprop, Y = X W^T, which sums over K, and FP8 W^T (K, N) for dgrad,
+    dX = dY W, which sums over N.
 
     One scale per tensor or per square block serves both; blocks of 1 x 32 lie along the sum, so `mx` rounds W
     once for each. `scale` (1, 1) comes from autoscale.py for the recipes that scale per tensor.
@@ -830,7 +831,8 @@ A float has an exponent of its own: power-of-two scales add range, not precision
            {n: lambda x, q=QUANTISERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
 An integer has no exponent: a scale that fits its block is precision. Of the tensor, MOSS's Theorem 1 (tensor < group <
    two-level) holds where sizes differ much inside a group: outlier channels, X of down, dY of gate_up. Elsewhere
-   rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3 it holds nowhere."""),
+   rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3, of the tensor
+   again, it holds nowhere."""),
           ("""\
 3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes: "once" from
    X, "twice" from the quantised X, which is quantised again, "moved" its FP8 numbers, brought to one scale""",

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS
@@ -100,6 +101,11 @@ class Linear(nn.Module):
         self.w = self.w_t = None   # FP8 copies of the weight, `quantize_weight`, one per optimizer step
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
         self.health = None         # a dict while the health of this layer's scales is being watched
+        self.register_load_state_dict_post_hook(Linear.forget_copies)
+
+    def forget_copies(self, _=None):
+        """They are those of other weights now: the model asks for `requantize`."""
+        self.w = self.w_t = None
 
     def requantize(self, scale=None):
         """Makes the FP8 copies from the master weight; `scale` () float32 for recipes with one per tensor."""
@@ -207,11 +213,14 @@ def norm_backward(dy, x, weight, kind, d_residual):
 
 
 def linear_backward(dy_q, x_q, layer, dtype):
-    """Quantized dY (T, N), X (T, K) of one layer -> dX (T, K), dW (N, K) or None if it was added to weight.grad.
+    """Quantized dY (T, N), X (T, K) of one layer -> dX (T, K), dW (N, K) or None if it was added to weight.grad, or if
+    the weight is frozen.
 
     For that wgrad reads and writes 8 bytes a weight; writing dW and adding it in a kernel of its own takes 16.
     """
     dx = matmul(dy_q, layer.w_t, dtype, promote=True)
+    if not layer.weight.requires_grad:
+        return dx, None
     grad = layer.weight.grad if layer.accumulates else None
     dw = matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True, add=grad, out=grad)
     return dx, dw if grad is None else None
@@ -244,6 +253,7 @@ class NormQKV(torch.autograd.Function):
         return *qkv.split(heads, dim=2), x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
         (x, norm_weight, cos, sin, *kept), layer = ctx.saved_tensors, ctx.layer
         rows = x.flatten(0, 1)
@@ -267,6 +277,7 @@ class LinearResidual(torch.autograd.Function):
         return matmul(x_q, layer.w, x.dtype, add=residual)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         kept = ctx.saved_tensors
         x_q = Quantized(*kept, (1, ALL)) if len(kept) == 2 else quantize_rows(*kept, ctx.layer)
@@ -294,6 +305,7 @@ class NormSwiGLUResidual(torch.autograd.Function):
         return matmul(a_q, down.w, x.dtype, add=x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x, norm_weight, *kept), (gate_up, down) = ctx.saved_tensors, ctx.layers
         h_q, a_q, *x_q = (Quantized(*kept[i:i + 2], (1, ALL)) for i in range(0, len(kept), 2))
@@ -382,6 +394,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable(recursive=False)
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():   # create_graph=True
+            raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take the loss of "
+                               "the logits that a model without targets returns, under --fp8 none")
         x, weight, gradient = ctx.saved_tensors
         return scaled(gradient @ weight.to(x.dtype), dloss), (gradient.t() @ x).to(weight.dtype) * dloss, None, None
 
@@ -446,7 +461,7 @@ class Transformer(nn.Module):
         cos, sin = (table[start:start + T] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
         for i, block in enumerate(self.blocks):
-            if self.recompute == "block" and torch.is_grad_enabled():
+            if self.recompute == "block" and torch.is_grad_enabled() and not caches:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None)
@@ -483,8 +498,8 @@ def parameter_count(c):
 def flops_per_token(c):
     """Training FLOPs per token: 6 per weight of a matrix product (2 forward, 4 backward), and causal attention.
 
-    Attention: a token looks at seq / 2 others on average. For each, the score and the weighted value cost 2 d forward
-    and 4 d backward: 6 d seq in every layer. The embedding is a look-up and counts nothing.
+    Attention: a token looks at seq / 2 others on average. For each, score and weighted value cost 2 d each forward, and
+    4 d each backward: 6 d seq in every layer. The embedding is a look-up and counts nothing.
     """
     linear, _ = parameter_count(c)
     return 6 * (linear + c.vocab * c.d) + 6 * c.layers * c.d * c.seq

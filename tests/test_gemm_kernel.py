@@ -7,8 +7,9 @@ import torch
 from conftest import DEVICE
 
 import gemm_kernel as gk
-from fp8_formats import E4M3, E5M2
-from microscale import ALL, HAS_TRITON, RECIPES, Quantized, quantize_reference, quantize_weight, sqnr
+from fp8_formats import E4M3, E5M2, FORMATS
+from microscale import (ALL, HAS_TRITON, RECIPES, Quantized, fold, quantize_reference, quantize_two_level,
+                        quantize_weight, sqnr)
 
 FP8_RECIPES = [name for name in RECIPES if name != "none"]
 VARIANTS = {"tensor": ((ALL, ALL), (ALL, ALL), "fp32"), "moss": ((1, ALL), (ALL, ALL), "up"),
@@ -134,6 +135,33 @@ def test_scales_that_the_kernel_cannot_apply_are_refused_by_it(block_a, block_b)
         gk.matmul_triton(a, b)
 
 
+@pytest.mark.parametrize("how", [lambda q: q, fold], ids=["two-level", "folded"])
+@pytest.mark.parametrize("block_b", [(1, 32), (ALL, ALL)], ids=str)
+def test_a_global_scale_is_part_of_the_product(how, block_b, monkeypatch):
+    torch.manual_seed(0)
+    a = how(quantize_two_level(torch.randn(48, 256, device=DEVICE)))
+    b = quantize_reference(torch.randn(32, 256, device=DEVICE), E4M3, block_b, "up")
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    monkeypatch.setattr(gk, "has_fp8_tensor_cores", lambda _: HAS_TRITON)
+    assert gk.relative_error(gk.matmul(a, b, torch.float32), exact) < 3.5e-3   # at most: both made BF16
+
+
+def test_a_global_scale_is_part_of_wgrad():
+    torch.manual_seed(0)
+    dy, x = (fold(quantize_two_level(s * torch.randn(64, n, device=DEVICE))) for s, n in ((1e-3, 32), (10, 48)))
+    exact = dy.dequantize().double().t() @ x.dequantize().double()
+    assert gk.relative_error(gk.matmul(*gk.transpose_for_wgrad(dy, x, E4M3), torch.float32), exact) < 3.5e-3
+
+
+def test_numbers_that_are_not_fp8_are_multiplied_where_the_kernel_runs(monkeypatch):
+    torch.manual_seed(0)
+    a, b = (quantize_reference(torch.randn(n, 256, device=DEVICE), FORMATS["e2m1"], block, "up")
+            for n, block in ((48, (1, ALL)), (32, (ALL, ALL))))
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    monkeypatch.setattr(gk, "has_fp8_tensor_cores", lambda _: HAS_TRITON)
+    assert gk.relative_error(gk.matmul(a, b, torch.float32), exact) < 3.5e-3
+
+
 @needs_triton
 def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
     data, scale = torch.zeros(4, 24, device=DEVICE).to(torch.float8_e4m3fn), torch.ones(1, 1, device=DEVICE)
@@ -152,7 +180,7 @@ def test_operands_of_different_k_are_refused_by_the_kernel():
 @needs_triton
 def test_the_kernel_takes_operands_of_any_strides():
     a, b, exact = quantised_pair(32, 48, 64, "moss")
-    a.data = a.data.t().contiguous().t()
+    a.data, a.scale = a.data.t().contiguous().t(), a.scale.repeat(1, 3)[:, :1]
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32), exact) < 1e-3
 
 
@@ -249,6 +277,24 @@ def test_recomputing_the_activation_changes_no_bit(name):
     y = torch.utils.checkpoint.checkpoint(gk.fp8_linear, x, weight, *copies, RECIPES[name], use_reentrant=False)
     y.backward(dy)
     assert torch.equal(x.grad, plain["x.grad"]) and torch.equal(weight.grad, plain["weight.grad"])
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_a_second_derivative_is_an_error(name):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    dx, = torch.autograd.grad(gk.fp8_linear(x, weight, *copies, RECIPES[name]).tanh().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_a_frozen_weight_costs_no_product_and_gets_no_gradient(name, monkeypatch):
+    x, weight, copies, dy = linear_case(name, 32, 48, 64)
+    weight.requires_grad_(False)
+    y, products, multiply = gk.fp8_linear(x, weight, *copies, RECIPES[name]), [], gk.matmul
+    monkeypatch.setattr(gk, "matmul", lambda *args, **options: products.append(1) or multiply(*args, **options))
+    y.backward(dy)
+    assert len(products) == 1 and x.grad is not None and weight.grad is None
 
 
 @pytest.mark.parametrize("name", FP8_RECIPES)

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from torch.nn import functional as F
 
 import microscale as ms
-from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
+from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, INT8
 from microscale import ALL, RECIPES
 
 FP8 = {"e4m3": E4M3, "e5m2": E5M2}
@@ -133,9 +133,23 @@ def test_a_recipe_with_one_scale_per_weight_cannot_have_small_weight_blocks():
 
 @pytest.mark.parametrize("width", [16, 48, 512])
 def test_blocks_of_any_width_are_quantised_where_the_kernels_run(width, monkeypatch):
-    monkeypatch.setattr(ms, "kernels_take", lambda x: ms.HAS_TRITON)
+    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda device: ms.HAS_TRITON)
     x = random_rows(4, 1000)
     assert ms.sqnr(x, ms.quantize(x.to(DEVICE), E4M3, (1, width), "up").dequantize().cpu()) > 30
+
+
+@pytest.mark.parametrize("fmt", ["int8", "e2m1"])
+def test_formats_that_are_not_fp8_are_emulated_where_the_kernels_run(fmt, monkeypatch):
+    x, fmt = random_rows(4, 1000, device=DEVICE), FORMATS[fmt]
+    expected = [ms.quantize_reference(x, fmt, block, "up").data for block in ((1, 32), (1, ALL))]
+    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda device: ms.HAS_TRITON)
+    for block, data in zip(((1, 32), (1, ALL)), expected):
+        assert torch.equal(ms.quantize(x, fmt, block, "up").data, data)
+    factor = torch.full((4, 1), 0.25, device=DEVICE)
+    assert torch.equal(ms.transpose(data, factor, fmt), ms.transpose_reference(data, factor, fmt))
+    assert torch.equal(ms.quantize_both(x, fmt, torch.ones(1, 1, device=DEVICE))[1].data,
+                       ms.to_grid(x, fmt).t())
+    assert torch.equal(ms.norm_rows(x, "none", fmt=fmt).data, data)
 
 
 def test_an_unknown_rule_is_refused_by_name():
@@ -260,7 +274,7 @@ def test_folding_changes_no_normal_number_under_any_global_scale(s, block):
     x = random_rows(64, 512)
     q = ms.quantize_two_level(x, global_scale=s, global_block=block)
     folded = ms.fold(q)
-    assert folded.scale.shape == (64, 1) and folded.global_scale is q.global_scale
+    assert folded.scale.shape == (64, 1) and folded.global_scale is None   # s is in it
     normal = folded.data.float().abs() > E4M3.min_normal   # at the smallest one may be what was rounded up to it
     assert normal.float().mean() > 0.9
     assert torch.equal(folded.dequantize()[normal], q.dequantize()[normal])
@@ -739,6 +753,12 @@ def test_transpose_kernel_equals_reference_bit_for_bit(shape, fmt):
     for factor in (None, q.scale / q.scale.max()):
         expected = ms.transpose_reference(q.data, factor, fmt)
         assert torch.equal(ms.transpose_triton(q.data, factor, fmt).view(torch.uint8), expected.view(torch.uint8))
+
+
+@needs_triton
+def test_transpose_kernel_reads_data_of_any_strides():
+    data = ms.quantize_reference(random_rows(20, 48, device=DEVICE)).data.t()
+    assert torch.equal(ms.transpose_triton(data).float(), data.t().float())
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])

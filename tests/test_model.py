@@ -484,6 +484,31 @@ def test_a_model_without_fp8_weights_says_what_makes_them():
         Transformer(TINY, "moss")(torch.zeros(1, 4, dtype=torch.long))
 
 
+def test_other_weights_need_other_fp8_copies():
+    model = make(fp8="moss")
+    model.load_state_dict(make(fp8="moss", gain=2).state_dict())
+    with pytest.raises(RuntimeError, match="requantize"):
+        model(tokens())
+
+
+def test_a_frozen_weight_of_moss_keeps_the_gradient_that_it_has():
+    model = make(fp8="moss")
+    frozen = model.blocks[0].down
+    for layer in model.linears():
+        layer.accumulates, layer.weight.grad = True, torch.zeros_like(layer.weight)
+    frozen.weight.requires_grad_(False)
+    model(tokens(), tokens()).backward()
+    assert frozen.weight.grad.count_nonzero() == 0 and model.blocks[0].out.weight.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("fp8", ["none", "moss"])
+def test_a_second_derivative_of_the_loss_is_an_error(fp8):
+    model = make(fp8=fp8)
+    loss = model(tokens(), tokens())
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, model.embed.weight, create_graph=True)
+
+
 def test_unknown_recipe_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'fp4'.*none, tensor, group, mx, moss"):
         Transformer(TINY, "fp4")
@@ -501,12 +526,12 @@ def test_health_counts_saturation_only_while_it_is_watched():
         assert 0 <= layer.health["folded"] < 0.05 and 0 <= layer.health["folded_grad"] < 0.5
 
 
-@pytest.mark.parametrize("fp8", ["none", "moss"])
+@pytest.mark.parametrize("fp8, recompute", [("none", "none"), ("moss", "none"), ("moss", "block")])
 @pytest.mark.parametrize("change", [{}, {"kv_heads": 2, "norm": "layer"}], ids=str)
-def test_keys_and_values_that_were_kept_give_the_logits_of_the_whole_text(fp8, change):
-    model, x = make(dataclasses.replace(TINY, **change), fp8), tokens(1, 32)
+def test_keys_and_values_that_were_kept_give_the_logits_of_the_whole_text(fp8, recompute, change):
+    model, x = make(dataclasses.replace(TINY, **change), fp8, recompute=recompute), tokens(1, 32)
     caches = [{} for _ in model.blocks]
-    with torch.no_grad():
+    with torch.set_grad_enabled(recompute != "none"):
         whole = model(x)
         parts = [model(x[:, :7], caches=caches), *(model(x[:, i:i + 1], caches=caches) for i in range(7, 32))]
     # products of another shape are summed in another order; in moss a code next to a tie may then be another one
