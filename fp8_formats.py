@@ -21,6 +21,7 @@ Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 fo
 import argparse
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -290,6 +291,8 @@ def picture(path, **labels):
     pyplot.rcParams.update({"legend.framealpha": 0, "savefig.transparent": True, "savefig.dpi": 150,
                             "savefig.bbox": "tight"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    if Path(path).suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise SystemExit(f"--plot {path}: no picture can be written under this name, let it end in .png")
     axes.set(**labels)
     yield axes
     axes.grid(alpha=0.3)

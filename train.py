@@ -176,7 +176,9 @@ def resolve(c, device, world):
                 raise UserError(f"--{name} {getattr(c, name)} must {must}")
     if c.data == "":
         raise UserError("--data is empty: give a folder or a file, or leave --data out")
-    if any(path.is_relative_to(Path(c.out).resolve()) for path in (Path.cwd(), Path(c.data or ".").resolve())):
+    writes = not (c.bench or c.eval_only or c.sample is not None)
+    inside = (path.is_relative_to(Path(c.out).resolve()) for path in (Path.cwd(), Path(c.data or ".").resolve()))
+    if writes and any(inside):
         raise UserError(f"--out {c.out} holds the current folder or --data, and is renamed when another run begins in "
                         f"it: give a folder of its own")
     if c.accum % world:
@@ -243,11 +245,12 @@ def token_file(path):
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r")
-        except (ValueError, OSError, EOFError) as e:
-            raise UserError(f"--data: {path} is not a readable .npy file ({e}): write it with numpy.save") from None
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UserError(f"--data: {path} holds {array.dtype} of shape {array.shape}: "
-                            f"tokens must be a one-dimensional array of integers")
+        except Exception as e:   # what numpy raises depends on what is wrong with the file
+            raise UserError(f"--data: {path} is not a readable .npy file ({str(e).partition(chr(10))[0]}): write it "
+                            f"with numpy.save") from None
+        if getattr(array, "ndim", 0) != 1 or array.dtype.kind not in "iu":
+            what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise UserError(f"--data: {path} holds {what}: tokens must be a one-dimensional array of integers")
         return (path, getattr(array, "offset", 0), len(array)), array.dtype
     if path.suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
@@ -265,12 +268,17 @@ def token_file(path):
 
 def list_files(root, pattern="*"):
     """The files to read below a folder: token files if there are any, else all text files, in a fixed order."""
-    files = sorted(p for p in root.rglob(pattern) if p.is_file() and not any(
+    files = sorted(p for p in root.rglob(pattern) if p.is_file() and not of_a_run(p) and not any(
         part.startswith(".") or part in ("__pycache__", "site-packages") for part in p.relative_to(root).parts))
     for suffix in (".bin", ".npy"):
         if found := [p for p in files if p.suffix == suffix]:
             return found
     return [p for p in files if is_text(p)]
+
+
+def of_a_run(path):
+    """Whether a run has written this file: --out may lie among the data."""
+    return path.name == "log.jsonl" or path.suffix == ".pt"
 
 
 def is_text(path):
@@ -285,7 +293,7 @@ def open_data(source):
     their names, if there are at least 40, else of the tokens, the last ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
-    matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+    matches = sorted(p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file() and not of_a_run(p))
     if not root.exists() and not matches:
         raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
     files = [root] if root.is_file() else matches or list_files(root, "*.py" if source is None else "*")
@@ -399,6 +407,12 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------
 # Devices and ranks
 
+def tell(text):
+    """Prints. Output that cannot be written, to a full disk or a closed pipe, is no reason to end a run."""
+    with suppress(OSError):
+        print(text)
+
+
 @dataclass
 class Ranks:
     rank: int
@@ -408,7 +422,7 @@ class Ranks:
 
     def say(self, text):
         if self.rank == 0:
-            print(text)
+            tell(text)
 
 
 def start_ranks(device):
@@ -582,10 +596,8 @@ class Saver:
         self.failed = None
         try:
             newest = write_checkpoint(self.out, state)
-            steps = {path: int(CHECKPOINT.fullmatch(path.name)[1]) for path in checkpoints(self.out) if path != newest}
-            # Later steps come last: this run resumed from before them, so they are damaged.
-            for old in sorted(steps, key=lambda path: steps[path] > state["step"])[self.keep - 1:]:
-                if steps[old] != state["best"][1]:
+            for old in [path for path in checkpoints(self.out) if path != newest][self.keep - 1:]:
+                if int(CHECKPOINT.fullmatch(old.name)[1]) != state["best"][1]:
                     old.unlink()
         except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing here may pass for success
             self.failed = (f"the checkpoint of step {state['step']} could not be written ({e.__class__.__name__}: "
@@ -668,9 +680,11 @@ def claim(out, c, step):
             from torch.utils.tensorboard import SummaryWriter
         held = lock(out) if out.exists() else None
         if not c.resume and ((out / "log.jsonl").exists() or checkpoints(out)):
+            for below in {path.parent for path in out.rglob(".lock")} - {out}:
+                lock(below)   # a run that goes on there would lose its folder
             names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
             earlier = out.rename(next(name for name in names if not name.exists()))
-            print(f"an earlier run in {out} was moved to {earlier}")
+            tell(f"an earlier run in {out} was moved to {earlier}")
             held = None   # the lock went with the folder
         out.mkdir(parents=True, exist_ok=True)
         board = None
@@ -870,7 +884,7 @@ def evaluate(model, batches, ranks):
         try:
             tokens, targets = batches.evaluation(i, ranks.device)
         except UNREADABLE as e:   # costs this evaluation, not the run
-            print(f"rank {ranks.rank}, validation data: {e}")
+            tell(f"rank {ranks.rank}, validation data: {e}")
             total += math.nan
         else:
             total += model(tokens, targets)
@@ -947,13 +961,15 @@ def about_run(c, ranks):
 def sample(model, batches, device, seed, prompt=None, count=200):
     """What the model writes after `prompt`, by default "def " or the first 16 token ids of the validation data."""
     is_text = batches.tokens.dtype == np.uint8
+    if prompt == "":
+        raise UserError("--sample is empty: give a text, or token ids, to go on with")
     if is_text:
-        prompt = list(("def " if prompt is None else prompt).encode())
+        prompt = list(("def " if prompt is None else prompt).encode(errors="surrogateescape"))
     elif prompt is None:
         prompt = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
     else:
         prompt = [int(word) if word.isdigit() else -1 for word in prompt.split()]
-    if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab:
+    if not 0 <= min(prompt, default=-1) <= max(prompt, default=-1) < model.config.vocab:
         raise UserError(f"--sample: {prompt} is not a sequence of token ids below {model.config.vocab}: this model was "
                         f"trained on token ids, give some of them")
     generator = torch.Generator(device).manual_seed(seed)
@@ -1057,7 +1073,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
         try:
             (tokens, targets), readable = batches.step(step, micro, ranks.device), True
         except UNREADABLE as e:   # the other ranks wait for this one: go on, and let all skip
-            print(f"step {step + 1}, rank {ranks.rank}: {e}")
+            tell(f"step {step + 1}, rank {ranks.rank}: {e}")
             tokens = targets = torch.zeros(c.batch, c.seq, dtype=torch.int64, device=ranks.device)
             readable = False
         sends = ranks.world > 1 and micro == mine[-1]   # DDP and shards wait for gradients in autograd's hooks
@@ -1083,11 +1099,11 @@ def train(config):
     # If no start before this one came as far as claiming the folder, what lies in it belongs to another run.
     claimed, store = f"claimed {Path(c.out).resolve()}", ranks.store
     was_claimed, was_started = (store is not None and store.check([key]) for key in (claimed, "started"))
-    restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device))
+    restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)).item()
     if store is not None:
         store.set("started", "")
-    if (was_claimed or restarts > 0 and not was_started) and checkpoints(Path(c.out)):
-        c.resume = True
+    again = bool((was_claimed or restarts > 0 and not was_started) and checkpoints(Path(c.out)))
+    c.resume = c.resume or again
     model, train_batches, val_batches = build(c, device)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
     out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
@@ -1098,6 +1114,9 @@ def train(config):
         checkpoint, state = load_checkpoint(out, model.config, say)
         step, updates, skipped, best = (state[key] for key in ("step", "updates", "skipped", "best"))
         norms.extend(state["norms"])
+        if step >= c.steps and again:   # a rank died after the last checkpoint
+            say(f"{checkpoint} is at step {step} of {c.steps}: the run is done")
+            return None
         if step >= c.steps:
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
@@ -1116,8 +1135,16 @@ def train(config):
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
     if c.resume:
-        restore_moments(state, model, optimizer)
+        if (c.beta1, c.beta2) != (state["config"]["beta1"], state["config"]["beta2"]):
+            say("note: Adam's moments begin anew, for they were means under other betas")
+            updates = 0   # no bound of Adam's steps holds for moments of two kinds
+        else:
+            restore_moments(state, model, optimizer)
         restore_scales(state, scales, c)
+        if tuple(state.get("read", read)) != read:
+            say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
+                *state["read"], *read))
+            best = [math.inf, 0]
         for name, value in state["config"].items():
             if name not in ("resume", "device", "out") and getattr(c, name) != value:
                 say(f"note: --{name} was {value} and is now {getattr(c, name)}")
@@ -1134,6 +1161,9 @@ def train(config):
     held, log, board = claim(out, c, step) if main else (None, None, None)
     if main and store is not None:
         store.set(claimed, "")
+    for path in checkpoints(out) if main and c.resume else ():
+        if path > checkpoint:   # damaged, else it would have been taken
+            say(f"note: {path.name} is now called {path.rename(path.with_suffix('.damaged')).name}")
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
     parameters = list(model.parameters())
     say(f"model   {c.model}: {sum(p.numel() for p in parameters):,} parameters, vocabulary {model.config.vocab}")
@@ -1157,15 +1187,15 @@ def train(config):
         if main:
             saver.save({"model": weights, "optimizer": moments,
                         "scales": on_cpu(scales.state_dict()) if scales else None, "step": step, "updates": updates,
-                        "skipped": skipped, "best": best, "norms": list(norms), "ranks": ranks.world,
+                        "skipped": skipped, "best": best, "norms": list(norms), "ranks": ranks.world, "read": read,
                         "config": dataclasses.asdict(c), "model_config": dataclasses.asdict(model.config)})
 
     about = about_run(c, ranks)   # stands in the first line of the log
-    val_loss = evaluate(model, val_batches, ranks)
-    say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
-    started = last_time = time.perf_counter()
-    first_step, last_step, stopping = step, step, False
     with StopSignal() as stop:
+        val_loss = evaluate(model, val_batches, ranks)
+        say(f"step {step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
+        started = last_time = time.perf_counter()
+        first_step, last_step, stopping = step, step, False
         while step < c.steps and not stopping:
             lr = learning_rate(step, c)
             for group in optimizer.param_groups:
@@ -1236,7 +1266,7 @@ def train(config):
     if main:
         with suppress(OSError):   # what could not be written was said above
             log.close()
-        print(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
+        say(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
                "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": skipped,
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds),
@@ -1254,14 +1284,16 @@ def report(c, ranks):
     device, say = ranks.device, ranks.say
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, say)
+    if state["config"]["fp8"] != c.fp8:
+        say(f"note: this model was trained with --fp8 {state['config']['fp8']}, and is used with --fp8 {c.fp8}")
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)
     requantize(model, scales)
     if c.eval_only:
         loss = evaluate(model, batches, ranks)
-        say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity {math.exp(loss):.3f}, "
-              f"{numerics(c.fp8, device)}")
+        say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
+            f"{torch.tensor(loss).exp():.3f}, {numerics(c.fp8, device)}")
     if c.sample is not None:
         say(sample(model, batches, device, c.seed, c.sample))
 
@@ -1394,11 +1426,14 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="replace")   # in a file, too, a line is there when it is printed
     code = main()
+    try:
+        sys.stdout.flush()
+    except OSError:   # Python would try once more, and exit with another code
+        sys.stdout = None
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:   # a checkpoint is being written
                 thread.join()
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if dist.is_initialized():

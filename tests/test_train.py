@@ -546,6 +546,12 @@ def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp
     assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
 
 
+def test_a_run_that_torchrun_restarts_after_its_last_step_is_done(tiny, monkeypatch, no_sample, capsys):
+    run(tiny("--fp8 none"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main(tiny("--fp8 none")) == 0 and "at step 4 of 4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("nodes, victim", [(1, 0), (1, 1), (2, 1)])
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
         nodes, victim, tmp_path, no_sample):
@@ -726,6 +732,16 @@ def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_p
         assert summary["val_loss"] == straight["val_loss"]
 
 
+def test_moments_of_other_betas_are_left_behind_and_no_weight_exceeds_its_scale(tiny, tmp_path, no_sample):
+    more = "--fp8 moss --steps 30 --warmup 0 --keep 40 --rescale_interval 0 --eval_every 4"
+    run(tiny(more + " --beta2 0.999"))
+    for path in train.checkpoints(tmp_path / "out"):
+        if int(path.name[5:13]) != 4:
+            path.unlink()
+    run(tiny(more + " --beta2 0.82 --resume"))
+    assert min(record["scale_ratio_min"] for record in read_log(tmp_path / "out")) >= 1
+
+
 def test_a_log_line_that_a_crash_cut_short_is_dropped_at_resume(tiny, tmp_path, monkeypatch, no_sample):
     with monkeypatch.context() as patch:
         do_at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
@@ -745,6 +761,17 @@ def test_a_signal_lets_the_step_finish_saves_and_exits_0(number, tiny, tmp_path,
     assert [record["step"] for record in read_log(tmp_path / "out")] == [3]
     assert "--resume" in capsys.readouterr().out
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_during_the_first_evaluation_is_heard_too(tiny, tmp_path, monkeypatch, no_sample):
+    original, signals = train.evaluate, iter([signal.SIGTERM])
+
+    def evaluate(*arguments):
+        for number in itertools.islice(signals, 1):
+            signal.raise_signal(number)
+        return original(*arguments)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert run(tiny("--fp8 none")) is None and checkpoint(tmp_path / "out")["step"] == 1
 
 
 def test_a_run_gives_the_signals_back(tiny, no_sample):
@@ -802,17 +829,15 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tiny, tmp_pa
     assert not too_late and "step_00000004" in newest(tmp_path / "out").name
 
 
-def test_a_checkpoint_that_was_just_written_stays_beside_a_damaged_later_one(tmp_path):
-    (tmp_path / "step_00000006_deadbeef.pt").write_bytes(b"damaged")
-    train.Saver(tmp_path, 1, print).write({"step": 5, "best": [1.0, 3]})
-    assert any("step_00000005" in path.name for path in train.checkpoints(tmp_path))
-
-
-def test_a_damaged_later_checkpoint_takes_no_place_of_a_good_one(tmp_path):
-    for name in ("step_00000003_deadbeef.pt", "step_00000004_deadbeef.pt", "step_00000008_deadbeef.pt"):
-        (tmp_path / name).write_bytes(b"3 and 4 are good, 8 is not")
-    train.Saver(tmp_path, 2, print).write({"step": 6, "best": [1.0, 6]})
-    assert [path.name[:13] for path in train.checkpoints(tmp_path)] == ["step_00000006", "step_00000004"]
+def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tiny, tmp_path, no_sample, capsys):
+    more = "--fp8 none --eval_every 1 --keep 2"
+    run(tiny(more))
+    newest(tmp_path / "out").write_bytes(b"damaged")
+    run(tiny(more + " --steps 5 --resume"))   # from step 3: those of 4 and 5 are good
+    assert [train.load_checkpoint(tmp_path / "out", PRESETS["nano"], print)[1]["step"],
+            *(int(path.name[5:13]) for path in train.checkpoints(tmp_path / "out"))] == [5, 5, 4]
+    damaged, = (tmp_path / "out").glob("*.damaged")
+    assert damaged.read_bytes() == b"damaged" and damaged.name in capsys.readouterr().out
 
 
 def test_a_long_run_saves_every_250_steps():
@@ -861,6 +886,16 @@ def test_what_a_run_prints_is_there_at_once_and_in_any_encoding(tmp_path):
         process.kill()
         process.wait()
     assert "step    1/4000" in (tmp_path / "printed").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_output_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "train.py", *TINY, "--data", str(tmp_path),
+                               "--out", str(tmp_path / "out")],
+                              cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and checkpoint(tmp_path / "out")["step"] == 4
 
 
 def test_an_error_of_the_file_system_is_said_in_one_line(tiny, monkeypatch, capsys):
@@ -1002,6 +1037,16 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, tmp_path, no_sample, c
     assert train.main(tiny("--fp8 none --steps 1")) == 0
 
 
+def test_a_folder_with_a_running_run_below_it_is_not_renamed(tiny, tmp_path, no_sample, capsys):
+    run(tiny("--fp8 none --steps 1"))
+    (tmp_path / "out" / "second").mkdir()
+    held = train.lock(tmp_path / "out" / "second")
+    assert train.main(tiny("--fp8 none --steps 1")) == 2
+    assert "second is in use by another run" in capsys.readouterr().err and not (tmp_path / "out.1").exists()
+    held.close()
+    assert train.main(tiny("--fp8 none --steps 1")) == 0 and (tmp_path / "out.1" / "second").exists()
+
+
 def test_an_earlier_run_is_renamed_and_never_overwritten(tiny, tmp_path, no_sample):
     runs = []
     for seed in (1, 2, 3):
@@ -1085,6 +1130,8 @@ BAD_DATA = {   # name of the file: (how it is made, what the line says)
     "float.npy": (lambda p: np.save(p, np.zeros(999, np.float32)), ["float.npy", "float32", "integers"]),
     "garbage.npy": (lambda p: p.write_bytes(b"garbage" * 99), ["garbage.npy", "not a readable", "numpy.save"]),
     "cut.npy": (write_truncated, ["cut.npy", "not a readable", "numpy.save"]),
+    "renamed.npy": (lambda p: np.savez(p.open("wb"), np.zeros(999)), ["renamed.npy", "NpzFile", "one-dimensional"]),
+    "header.npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((\n"), ["header.npy", "readable"]),
 }
 
 
@@ -1738,6 +1785,35 @@ def test_ranks_share_an_evaluation_and_rank_0_reports_it(tiny, monkeypatch, no_s
     assert seen == [1, 0]
 
 
+def test_another_recipe_than_that_of_the_training_is_said(tiny, no_sample, capsys):
+    run(tiny("--fp8 none"))
+    capsys.readouterr()
+    assert train.main(tiny("--fp8 moss --eval-only")) == 0
+    assert "trained with --fp8 none" in capsys.readouterr().out
+
+
+def test_a_perplexity_beyond_all_numbers_is_inf(tiny, monkeypatch, no_sample, capsys):
+    run(tiny("--fp8 none"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1e4)
+    assert train.main(tiny("--fp8 none --eval-only")) == 0 and "perplexity inf" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_from_within_its_folder(tiny, tmp_path, monkeypatch, no_sample):
+    run(tiny("--fp8 none"))
+    monkeypatch.chdir(tmp_path / "out")
+    assert train.main([*tiny("--fp8 none --eval-only"), "--out", "."]) == 0
+
+
+def test_other_data_under_the_same_name_are_said_at_resume(tiny, tmp_path, monkeypatch, no_sample, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1.0)
+    run(tiny("--fp8 none --steps 2"))
+    (tmp_path / "text.txt").write_text(2 * TEXT)
+    monkeypatch.setattr(train, "evaluate", lambda *_: 2.0)
+    run(tiny("--fp8 none --resume"))
+    assert "4,275 training and 225 validation tokens" in capsys.readouterr().out.split("note: ")[1].splitlines()[0]
+    assert checkpoint(tmp_path / "out")["best"] == [2.0, 4]
+
+
 def test_a_best_checkpoint_is_not_compared_across_validation_data(tiny, tmp_path, monkeypatch, no_sample):
     monkeypatch.setattr(train, "evaluate", lambda *_: 1.0)
     run(tiny("--fp8 none --steps 2"))
@@ -1752,7 +1828,10 @@ def test_sample_goes_on_with_a_text(tiny, capsys):
     assert train.main([*tiny("--fp8 none"), "--sample", "the quick"]) == 0
     written = capsys.readouterr().out
     assert "the quick" in written and len(written.encode()) >= len("the quick") + 200
+    assert train.main([*tiny("--fp8 none"), "--sample", "\udcff"]) == 0   # how Python takes a byte that is no text
+    capsys.readouterr()
     assert train.main([*tiny("--fp8 none"), "--sample", ""]) == 2
+    assert "--sample is empty" in capsys.readouterr().err
 
 
 def test_plot_draws_the_losses_of_several_runs(tiny, tmp_path, no_sample, capsys):
@@ -1764,6 +1843,8 @@ def test_plot_draws_the_losses_of_several_runs(tiny, tmp_path, no_sample, capsys
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert train.main(["--plot", str(tmp_path / "curves.png"), "--out", str(tmp_path / "none")]) == 2
     assert "has no log to draw" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="curves.xyz.*png"):
+        train.main(["--plot", str(tmp_path / "curves.xyz"), "--out", out])
 
 
 def test_tensorboard_says_what_is_missing(tiny, tmp_path, monkeypatch, capsys):
@@ -1781,6 +1862,16 @@ def test_tensorboard_may_write_into_the_folder_of_the_run(tiny, tmp_path, monkey
     for _ in range(2):   # the second run renames the folder of the first
         run(tiny(f"--fp8 none --tensorboard {tmp_path / 'out' / 'board'}"))
     assert all((tmp_path / out / "board" / "val_loss").exists() for out in ("out", "out.1"))
+
+
+@pytest.mark.parametrize("pattern", ["", "/**"])
+def test_what_a_run_writes_among_the_data_is_none_of_them(pattern, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    before = sum(map(len, train.open_data(str(tmp_path) + pattern)[:2]))
+    (tmp_path / "out").mkdir()
+    for name in ("log.jsonl", "step_00000004_deadbeef.pt"):
+        (tmp_path / "out" / name).write_text(TEXT)
+    assert sum(map(len, train.open_data(str(tmp_path) + pattern)[:2])) == before == len(TEXT)
 
 
 def test_a_pattern_names_data_files(tmp_path):
