@@ -733,12 +733,9 @@ def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_p
 
 
 def test_moments_of_other_betas_are_left_behind_and_no_weight_exceeds_its_scale(tiny, tmp_path, no_sample):
-    more = "--fp8 moss --steps 30 --warmup 0 --keep 40 --rescale_interval 0 --eval_every 4"
-    run(tiny(more + " --beta2 0.999"))
-    for path in train.checkpoints(tmp_path / "out"):
-        if int(path.name[5:13]) != 4:
-            path.unlink()
-    run(tiny(more + " --beta2 0.82 --resume"))
+    more = "--fp8 moss --lr 4e-3 --warmup 0 --rescale_interval 0 --eval_every 4"
+    run(tiny(more + " --steps 4 --beta2 0.999"))
+    run(tiny(more + " --steps 16 --beta2 0.82 --resume"))
     assert min(record["scale_ratio_min"] for record in read_log(tmp_path / "out")) >= 1
 
 
@@ -892,7 +889,7 @@ def test_what_a_run_prints_is_there_at_once_and_in_any_encoding(tmp_path):
 def test_output_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "train.py", *TINY, "--data", str(tmp_path),
+        done = subprocess.run([sys.executable, "train.py", *TINY, "--fp8", "none", "--data", str(tmp_path),
                                "--out", str(tmp_path / "out")],
                               cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and checkpoint(tmp_path / "out")["step"] == 4
