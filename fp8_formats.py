@@ -10,8 +10,8 @@ All arithmetic here is exact except the one rounding. That takes only two kinds 
 power of two, and integer arithmetic on bits. Nothing calls log2(): it rounds too (the float32 just below 8 has
 log2 = 3.0), and one wrong exponent turns a value that fits into one that overflows.
 
-Training calls `cast` and `uncast`, and pow2 and floor_log2 for its scales. What `cast` does is tested against
-`round_to_format`; the rest explains.
+Training calls `cast` and `uncast` where no kernel casts, and pow2 and floor_log2 for its scales. What `cast` does is
+tested against `round_to_format`; the rest explains.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 for E4M3 and E5M2.
 

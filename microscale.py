@@ -26,7 +26,7 @@ so small that it turns subnormal, some 2^-14 of the row's maximum. Two things fo
 
   - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
     of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
-  - ss absorbs any s. With s = 1 the noise is the same to about a dB (6 dB are one bit), no pass over the tensor finds
+  - ss absorbs any s. With s = 1 the noise is the same to less than a dB (6 dB are one bit), no pass over the tensor finds
     a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale
     is a power of two. This is what `--fp8 moss` trains with.
 
@@ -825,7 +825,7 @@ TABLES = [("""\
            {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTISERS.items()}, """\
 A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor pushes
    into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else; s = 1 moves a line
-   by about a dB at most. moss, folded to a scale per row, rescues what is small in its row only in part. FP32 scales
+   by a fraction of a dB. moss, folded to a scale per row, rescues what is small in its row only in part. FP32 scales
    store a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
           ("2. The same with a uniform element, an 8-bit integer",
            {n: lambda x, q=QUANTISERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\

@@ -84,12 +84,12 @@ class Config:
                           "(default: Python's standard library)")
     out: str = opt("out", "folder for checkpoint and log; an earlier run in it is renamed, never overwritten")
     # how long, how much at a time (defaults: DEFAULTS[model])
-    steps: int = opt(None, "optimizer steps of the whole run")
-    batch: int = opt(None, "sequences per micro-batch and rank")
-    accum: int = opt(None, "micro-batches per optimizer step, over all ranks together")
+    steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
+    batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
+    accum: int = opt(None, "micro-batches per optimizer step, over all ranks together (default: by preset)")
     seq: int = opt(None, "tokens per sequence (default: the preset's)")
     # optimizer: AdamW
-    lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine")
+    lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine (default: by preset)")
     warmup: int = opt(None, "steps of linear warm-up (default: a tenth of the steps, at most 2000)")
     beta1: float = opt(0.9, "decay of the gradient's mean")
     beta2: float = opt(0.95, "decay of the gradient's square")
@@ -1047,7 +1047,7 @@ def restore_moments(state, model, optimizer):
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in state["optimizer"][names[p]].items():   # step counts of a kernel of ours lie on the CPU
-                device = p.device if key != "step" or group["fused"] else "cpu"
+                device = p.device if key != "step" or group.get("fused") else "cpu"
                 optimizer.state[p][key] = value.to(device, copy=True)
 
 
@@ -1284,8 +1284,9 @@ def report(c, ranks):
     device, say = ranks.device, ranks.say
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, say)
-    if state["config"]["fp8"] != c.fp8:
-        say(f"note: this model was trained with --fp8 {state['config']['fp8']}, and is used with --fp8 {c.fp8}")
+    for name in ("fp8", "data", "seq"):   # of a sample, too: the data say whether tokens are text
+        if state["config"][name] != getattr(c, name):
+            say(f"note: --{name} was {state['config'][name]} in training and is now {getattr(c, name)}")
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)
