@@ -662,7 +662,7 @@ def lock(out):
 def open_log(out, resumed_at):
     """log.jsonl, open for appending; lines that a crashed run wrote after its last checkpoint are cut off."""
     path = out / "log.jsonl"
-    if resumed_at is not None and path.exists():
+    if path.exists():   # without --resume the folder of an earlier run has been renamed
         kept, temporary = [], path.with_suffix(".tmp")
         for line in path.read_text(errors="replace").splitlines():
             with suppress(ValueError):   # a line that the crash cut short
@@ -690,7 +690,7 @@ def claim(out, c, step):
         board = None
         if c.tensorboard:   # only now: it may lie in `out`
             board = SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None)
-        return held or lock(out), open_log(out, step if c.resume else None), board
+        return held or lock(out), open_log(out, step), board
     except ImportError:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from None
     except OSError as e:
