@@ -838,10 +838,14 @@ class Shards:
 def data_parallel(model, device):
     """DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, while the backward pass goes on."""
     gpu = device.type == "cuda"
+    # Gradients that are there move into DDP's buckets. Those that a first micro-batch makes lie beside them until the
+    # last one: 4 bytes per parameter that a run needs only once, when it begins or goes on.
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which a
     # resumed run would not have had. (On GPUs attention alone makes two runs differ.)
     ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, gradient_as_bucket_view=True,
-                                  find_unused_parameters=not gpu)
+                                  find_unused_parameters=not gpu, init_sync=False)   # `train` has sent the weights
     if gpu:
         ddp.register_comm_hook(None, bf16_compress_hook)
     return ddp
@@ -1131,6 +1135,8 @@ def train(config):
     if least[0] != most[0]:
         raise RunError(f"the ranks found checkpoints of steps {least[0]} to {most[0]}: --out {out} has to be one "
                        f"folder that all nodes see")
+    for p in model.parameters() if dist.is_initialized() else ():
+        dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)

@@ -338,15 +338,44 @@ def test_the_log_says_what_the_ranks_send_in_a_step(shards, text):
     assert train.traffic(model, torch.device("cuda"), shards) == text
 
 
+# Rank 1 draws other initial weights, as another kind of GPU would from the same seed: those of rank 0 are to count. And
+# the gradients lie in DDP's buckets from the first micro-batch on: others beside them would be 4 bytes per parameter.
+TWO_RANKS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+build, forward_backward = train.build, train.forward_backward
+
+def drawn_elsewhere(c, device):
+    model, *batches = build(c, device)
+    for p in model.parameters() if os.environ["RANK"] == "1" else ():
+        p.data.mul_(1.5)
+    return model, *batches
+
+def in_buckets(model, *arguments, **options):
+    where = lambda: [p.grad.data_ptr() for p in model.parameters()] if hasattr(model, "module") else "no DDP"
+    before, loss = where(), forward_backward(model, *arguments, **options)
+    assert before == where()
+    return loss
+
+train.build, train.forward_backward = drawn_elsewhere, in_buckets
+code = train.main(sys.argv[1:])
+train.gc.collect()
+train.dist.destroy_process_group()
+sys.exit(code)
+"""
+
+
 @pytest.fixture(scope="module", params=["none", "moss", "moss --shard"])
 def two_ranks(request, tmp_path_factory):
     """(folder of a run on two processes, the command line that made it)."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "text.txt").write_text(TEXT)
+    (folder / "script.py").write_text(TWO_RANKS.format(root=str(ROOT)))
     command = [*TINY, *f"--fp8 {request.param} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
                "--rescale_interval", "2", "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                           "--master_port", str(free_port()), str(ROOT / "train.py"), *command],
+                           "--master_port", str(free_port()), str(folder / "script.py"), *command],
                           timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ranks   2, each sends per step: " in done.stdout
