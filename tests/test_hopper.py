@@ -113,17 +113,11 @@ def all_kernels():
     yield "adamw", compile_for_hopper(_adamw_kernel, types, constants, 8)
 
 
-def test_all_kernels_compile_for_hopper_and_fit_into_its_shared_memory(tmp_path):
+def test_all_kernels_compile_for_hopper_and_fit_into_its_shared_memory(compilation):
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
-    halves = [subprocess.Popen([sys.executable, __file__, half], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for half in ("even", "odd")]
-    used = {}
-    for half in halves:
-        printed, errors = half.communicate(timeout=240)
-        assert half.returncode == 0, printed[-2000:] + errors[-4000:]
-        used.update((line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in printed.splitlines())
+    printed, errors = compilation.communicate(timeout=240)
+    assert compilation.returncode == 0, printed[-2000:] + errors[-4000:]
+    used = {line.rsplit(" ", 1)[0]: int(line.rsplit(" ", 1)[1]) for line in printed.splitlines()}
     assert len(used) > 40
     assert {name: n for name, n in used.items() if n > SHARED_MEMORY} == {}
 
@@ -190,7 +184,6 @@ def test_no_kernel_leaves_its_tensors_or_races(tool):
 
 if __name__ == "__main__" and sys.argv[1:] in (["cuda"], ["cpu"]):
     print(launch_at_ragged_shapes(sys.argv[1]), "launches")
-elif __name__ == "__main__":   # all kernels, or the even or the odd ones
-    first, step = {"even": (0, 2), "odd": (1, 2)}[sys.argv[1]] if sys.argv[1:] else (0, 1)
-    for kernel_name, compile_it in itertools.islice(all_kernels(), first, None, step):
+elif __name__ == "__main__":
+    for kernel_name, compile_it in all_kernels():
         print(kernel_name, compile_it().metadata.shared)
