@@ -268,17 +268,12 @@ def token_file(path):
 
 def list_files(root, pattern="*"):
     """The files to read below a folder: token files if there are any, else all text files, in a fixed order."""
-    files = sorted(p for p in root.rglob(pattern) if p.is_file() and not of_a_run(p) and not any(
+    files = sorted(p for p in root.rglob(pattern) if p.is_file() and not any(
         part.startswith(".") or part in ("__pycache__", "site-packages") for part in p.relative_to(root).parts))
     for suffix in (".bin", ".npy"):
         if found := [p for p in files if p.suffix == suffix]:
             return found
     return [p for p in files if is_text(p)]
-
-
-def of_a_run(path):
-    """Whether a run has written this file: --out may lie among the data."""
-    return path.name == "log.jsonl" or path.suffix == ".pt"
 
 
 def is_text(path):
@@ -293,10 +288,12 @@ def open_data(source):
     their names, if there are at least 40, else of the tokens, the last ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
-    matches = sorted(p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file() and not of_a_run(p))
+    matches = sorted(p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file())
     if not root.exists() and not matches:
         raise UserError(f"--data {root} does not exist: give a folder or a file, or a pattern, or leave --data out")
-    files = [root] if root.is_file() else matches or list_files(root, "*.py" if source is None else "*")
+    files = [root] if root.is_file() else [   # but not what a run writes, for --out may lie among the data
+        p for p in matches or list_files(root, "*.py" if source is None else "*")
+        if p.name != "log.jsonl" and p.suffix not in (".pt", ".damaged")]
     if root.is_file() and root.suffix not in (".bin", ".npy") and not is_text(root):
         raise UserError(f"--data {root} is neither .bin nor .npy, and no text either, for it has zero bytes: write its "
                         f"tokens to one of these")
@@ -1045,6 +1042,14 @@ def restore_weights(state, model):
         p.copy_(state["model"][name])
 
 
+def note_changes(state, c, names, say):
+    """Says which of these options had other values when the state was saved; -> their names."""
+    changed = [name for name in names if getattr(c, name) != state["config"][name]]
+    for name in changed:
+        say(f"note: --{name} was {state['config'][name]} and is now {getattr(c, name)}")
+    return set(changed)
+
+
 def restore_moments(state, model, optimizer):
     """Of the optimizer only moments and step counts: its settings are those of this run."""
     names = {p: name for name, p in model.named_parameters()}
@@ -1141,21 +1146,19 @@ def train(config):
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
     if c.resume:
-        if (c.beta1, c.beta2) != (state["config"]["beta1"], state["config"]["beta2"]):
+        other_data = tuple(state.get("read", read)) != read
+        if other_data:
+            say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
+                *state["read"], *read))
+        changed = note_changes(state, c, [n for n in state["config"] if n not in ("resume", "device", "out")], say)
+        if other_data or changed & {"data", "seq", "batch", "eval_batches"}:   # no longer the same validation loss
+            best = [math.inf, 0]
+        if changed & {"beta1", "beta2"}:
             say("note: Adam's moments begin anew, for they were means under other betas")
             updates = 0   # no bound of Adam's steps holds for moments of two kinds
         else:
             restore_moments(state, model, optimizer)
         restore_scales(state, scales, c)
-        if tuple(state.get("read", read)) != read:
-            say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
-                *state["read"], *read))
-            best = [math.inf, 0]
-        for name, value in state["config"].items():
-            if name not in ("resume", "device", "out") and getattr(c, name) != value:
-                say(f"note: --{name} was {value} and is now {getattr(c, name)}")
-                if name in ("data", "seq", "batch", "eval_batches"):   # no longer the same validation loss
-                    best = [math.inf, 0]
         before = state.get("ranks", ranks.world)
         changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
@@ -1290,9 +1293,7 @@ def report(c, ranks):
     device, say = ranks.device, ranks.say
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, say)
-    for name in ("fp8", "data", "seq"):   # of a sample, too: the data say whether tokens are text
-        if state["config"][name] != getattr(c, name):
-            say(f"note: --{name} was {state['config'][name]} in training and is now {getattr(c, name)}")
+    note_changes(state, c, ("fp8", "data", "seq"), say)   # of a sample, too: the data say whether tokens are text
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)

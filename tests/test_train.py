@@ -1906,7 +1906,7 @@ def test_what_a_run_writes_among_the_data_is_none_of_them(pattern, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     before = sum(map(len, train.open_data(str(tmp_path) + pattern)[:2]))
     (tmp_path / "out").mkdir()
-    for name in ("log.jsonl", "step_00000004_deadbeef.pt"):
+    for name in ("log.jsonl", "step_00000004_deadbeef.pt", "step_00000006_deadbeef.damaged"):
         (tmp_path / "out" / name).write_text(TEXT)
     assert sum(map(len, train.open_data(str(tmp_path) + pattern)[:2])) == before == len(TEXT)
 
