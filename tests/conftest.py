@@ -3,9 +3,7 @@ Tests run everywhere. Where there is no GPU with FP8 tensor cores, the Triton ke
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,19 +26,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation(request, tmp_path_factory):
-    """The process that compiles every kernel for test_hopper.py, which will wait for it: it begins with the first test,
-    because compiler and tests take a core each. None where that test is not to run."""
-    if not any(item.name.startswith("test_all_kernels_compile") for item in request.session.items):
-        yield None
-        return
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment.update(TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")),
-                       PYTHONPATH=str(Path(__file__).parent.parent))
-    process = subprocess.Popen([sys.executable, Path(__file__).with_name("test_hopper.py")], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    yield process
-    process.kill()
+def beside(request, tmp_path_factory):
+    """{name: Future} of what tests wait for in other processes, the BESIDE = {part of a test's name: function of a
+    folder} of their files. These run from the first test on, one after another, because they and the tests leave a core
+    idle each. Only what the chosen tests need is run."""
+    wanted = {name: job for item in request.session.items for name, job in getattr(item.module, "BESIDE", {}).items()
+              if name in item.name}
+    pool = ThreadPoolExecutor(max_workers=1)
+    yield {name: pool.submit(job, tmp_path_factory.mktemp("beside")) for name, job in wanted.items()}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_every_option_that_it_names_is_one():
     assert {name.replace("-", "_") for name in named - torchruns} - known == set()
 
 
-def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
+def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path, one_thread):
     monkeypatch.setattr(microscale, "RECIPES", dict(microscale.RECIPES))
     for module in (train, __import__("model")):
         monkeypatch.setattr(module, "RECIPES", microscale.RECIPES)
@@ -61,8 +61,8 @@ def test_the_recipes_that_it_adds_train(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "sample", lambda *_: "")
     for name in set(microscale.RECIPES) - before:
         summary = train.train(train.parse_config(
-            f"--device cpu --fp8 {name} --data {tmp_path / 'text.txt'} --seq 32 --batch 4 --steps 60 --eval_batches 2 "
-            f"--eval_every 60 --out {tmp_path / name}".split()))
+            f"--device cpu --fp8 {name} --data {tmp_path / 'text.txt'} --seq 32 --batch 4 --steps 30 --eval_batches 2 "
+            f"--eval_every 30 --log_every 30 --out {tmp_path / name}".split()))
         assert summary["recipe"] == name and summary["val_loss"] < 1   # letter frequencies alone give 3.12
 
 

@@ -39,6 +39,7 @@ from microscale import RECIPES
 from model import ModelConfig, PRESETS, Transformer
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}   # of other processes, before a test changes it
 CPU = torch.device("cpu")
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 100
 TINY = ("--device cpu --model nano --seq 16 --batch 2 --accum 1 --steps 4 "
@@ -167,9 +168,16 @@ def test_every_recipe_learns_on_a_cpu(recipe, tiny, no_sample):
     assert summary["recipe"] == recipe and summary["steps"] == 30 and summary["skipped_steps"] == 0
 
 
-def test_moss_trains_where_triton_cannot_be_installed(tiny):
+def train_without_triton(folder):
+    (folder / "text.txt").write_text(TEXT)
     code = "import sys; sys.modules['triton'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *tiny()], cwd=ROOT, capture_output=True, text=True)
+    command = [*TINY, "--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    return subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                          text=True)
+
+
+def test_moss_trains_where_triton_cannot_be_installed(beside):
+    done = beside["test_moss_trains_where_triton_cannot_be_installed"].result()
     assert done.returncode == 0 and done.stdout.count("emulated") == 2, done.stderr   # at the start, in the summary
 
 
@@ -366,20 +374,27 @@ sys.exit(code)
 """
 
 
-@pytest.fixture(scope="module", params=["none", "moss", "moss --shard"])
-def two_ranks(request, tmp_path_factory):
-    """(folder of a run on two processes, the command line that made it)."""
-    folder = tmp_path_factory.mktemp("ranks")
+def train_on_two_ranks(recipe, folder):
+    """-> (the folder of a run on two processes, the command line that made it)"""
     (folder / "text.txt").write_text(TEXT)
     (folder / "script.py").write_text(TWO_RANKS.format(root=str(ROOT)))
-    command = [*TINY, *f"--fp8 {request.param} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
+    command = [*TINY, *f"--fp8 {recipe} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
                "--rescale_interval", "2", "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                            "--master_port", str(free_port()), str(folder / "script.py"), *command],
-                          timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                          timeout=90, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ranks   2, each sends per step: " in done.stdout
     return folder, command
+
+
+ON_TWO_RANKS = {f"{recipe} on two ranks": functools.partial(train_on_two_ranks, recipe)
+                for recipe in ("none", "moss", "moss --shard")}
+
+
+@pytest.fixture(scope="module", params=ON_TWO_RANKS)
+def two_ranks(request, beside):
+    return beside[request.param].result()
 
 
 def test_two_processes_train_the_same_weights_as_one(two_ranks, no_sample):
@@ -544,10 +559,14 @@ def test_ranks_that_torchrun_starts_anew_for_other_nodes_go_on_too(tiny, monkeyp
     assert "at step 2" in capsys.readouterr().out
 
 
-def test_a_restart_after_a_start_in_vain_does_not_go_on_with_an_earlier_run(tiny, tmp_path, no_sample):
-    run(tiny("--fp8 none --steps 2"))
-    earlier = newest(tmp_path / "out")
-    (tmp_path / "script.py").write_text(f"""
+def restart_after_a_start_in_vain(folder):
+    """-> (where the next run has to move the checkpoint of an earlier one, that run, which torchrun starts twice)"""
+    (folder / "text.txt").write_text(TEXT)
+    command = [*TINY, *"--fp8 none --steps 2".split(), "--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, env=ENVIRONMENT, check=True,
+                   capture_output=True)
+    earlier = newest(folder / "out")
+    (folder / "script.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
@@ -563,11 +582,16 @@ train.dist.destroy_process_group()
 sys.exit(code)
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--rdzv_backend", "c10d",
-                "--rdzv_endpoint", f"localhost:{free_port()}", str(tmp_path / "script.py")]
-    done = subprocess.run([*torchrun, *tiny("--fp8 none --steps 2 --seed 1")], capture_output=True, text=True,
+                "--rdzv_endpoint", f"localhost:{free_port()}", str(folder / "script.py")]
+    done = subprocess.run([*torchrun, *command, "--seed", "1"], env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=90)
+    return folder / "out.1" / earlier.name, done
+
+
+def test_a_restart_after_a_start_in_vain_does_not_go_on_with_an_earlier_run(beside):
+    earlier, done = beside["test_a_restart_after_a_start_in_vain"].result()
     assert done.returncode == 0 and "resumed" not in done.stdout, done.stderr
-    assert (tmp_path / "out.1" / earlier.name).exists()
+    assert earlier.exists()
 
 
 def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
@@ -591,19 +615,19 @@ def test_a_run_that_torchrun_restarts_after_its_last_step_is_done(tiny, monkeypa
     assert train.main(tiny("--fp8 none")) == 0 and "at step 4 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("nodes, victim", [(1, 0), (1, 1), (2, 1)])
-def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
-        nodes, victim, tmp_path, no_sample):
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "killed.py").write_text(f"""
+def kill_a_rank(nodes, victim, folder):
+    """-> (folder, command line, exit codes of torchrun on each node, all that was printed) of a run on two ranks, of
+    which one is killed at its step 6"""
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "killed.py").write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train
-open({str(tmp_path / "starts")!r}, "a").write(".")
+open({str(folder / "starts")!r}, "a").write(".")
 real = train.forward_backward
 def killed(model, batches, step, c, ranks, *rest, **options):
-    if step == 6 and not os.path.exists({str(tmp_path / "once")!r} + str(ranks.rank)):
-        open({str(tmp_path / "once")!r} + str(ranks.rank), "w").close()
+    if step == 6 and not os.path.exists({str(folder / "once")!r} + str(ranks.rank)):
+        open({str(folder / "once")!r} + str(ranks.rank), "w").close()
         if ranks.rank == {victim}:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep({2 * (nodes - 1)})   # the other node learns of it from torchrun, and does not count a restart
@@ -614,20 +638,35 @@ train.gc.collect()
 train.dist.destroy_process_group()
 sys.exit(code)
 """)
-    command = [*TINY, *"--fp8 moss --accum 2 --steps 8 --eval_batches 2".split(), "--data", str(tmp_path / "text.txt")]
+    command = [*TINY, *"--fp8 moss --accum 2 --steps 8 --eval_batches 2".split(), "--data", str(folder / "text.txt")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node",
                 str(2 // nodes), "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "test",
-                "--rdzv_endpoint", f"localhost:{free_port()}", str(tmp_path / "killed.py"), *command]
-    agents = [subprocess.Popen([*torchrun, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                "--rdzv_endpoint", f"localhost:{free_port()}", str(folder / "killed.py"), *command]
+    agents = [subprocess.Popen([*torchrun, "--out", str(folder / "out")], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env=ENVIRONMENT)
               for _ in range(nodes)]
     printed = "".join(agent.communicate(timeout=120)[0] for agent in agents)
-    assert [agent.returncode for agent in agents] == [0] * nodes, printed
+    return folder, command, [agent.returncode for agent in agents], printed
+
+
+WITH_A_RANK_KILLED = {"rank 0 of one node": functools.partial(kill_a_rank, 1, 0),
+                      "rank 1 of one node": functools.partial(kill_a_rank, 1, 1),
+                      "rank 1 of two nodes": functools.partial(kill_a_rank, 2, 1)}
+BESIDE = {"test_moss_trains_where_triton_cannot_be_installed": train_without_triton, **ON_TWO_RANKS,
+          "test_a_restart_after_a_start_in_vain": restart_after_a_start_in_vain,
+          **WITH_A_RANK_KILLED}   # in the order in which the tests need them
+
+
+@pytest.mark.parametrize("which", WITH_A_RANK_KILLED)
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_the_weights_are_those_of_an_unharmed_one(
+        which, beside, no_sample):
+    folder, command, codes, printed = beside[which].result()
+    assert set(codes) == {0}, printed
     assert len(re.findall("resumed .* at step [246]\n", printed)) == 1, printed
-    assert (tmp_path / "starts").read_text() == "...."   # two ranks, and both once more: the first attempt went well
-    assert not (tmp_path / "out.1").exists()
-    run([*command, "--out", str(tmp_path / "whole")])
-    assert same(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"])
+    assert (folder / "starts").read_text() == "...."   # two ranks, and both once more: the first attempt went well
+    assert not (folder / "out.1").exists()
+    run([*command, "--out", str(folder / "whole")])
+    assert same(checkpoint(folder / "out")["model"], checkpoint(folder / "whole")["model"])
 
 
 def test_sharded_ranks_exchange_scales_at_true_rescales_only_whatever_they_own(tiny):
@@ -643,11 +682,13 @@ def test_sharded_ranks_exchange_scales_at_true_rescales_only_whatever_they_own(t
     assert exchanged == [True, False, True, False, True]
 
 
-def test_ranks_that_cannot_meet_say_so_in_one_line(tiny):
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}   # and no MASTER_ADDR
-    done = subprocess.run([sys.executable, "train.py", *tiny()], cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and "the ranks cannot meet" in done.stderr and "Traceback" not in done.stderr
+def test_ranks_that_cannot_meet_say_so_in_one_line(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.main(tiny()) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "the ranks cannot meet" in lines[0]
 
 
 def test_a_rank_whose_peer_died_says_so_in_one_line(monkeypatch, capsys):
