@@ -58,14 +58,34 @@ def no_sample(monkeypatch):
     monkeypatch.setattr(train, "sample", lambda *_: "")
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """Command line of a run of half a second. Where an option is given twice, the later one counts."""
-    (tmp_path / "text.txt").write_text(TEXT)
+def tiny_in(folder):
+    """-> a function that gives the command line of a run of half a second. Where an option is given twice, the later
+    one counts."""
+    (folder / "text.txt").write_text(TEXT)
 
     def command(more="", out="out"):
-        return [*TINY, "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / out), *more.split()]
+        return [*TINY, "--data", str(folder / "text.txt"), "--out", str(folder / out), *more.split()]
     return command
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_in(tmp_path)
+
+
+def changed_train(folder, changes):
+    """-> a script that does what train.py does, after these changes."""
+    (folder / "script.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+{changes}
+code = train.main(sys.argv[1:])
+train.gc.collect()
+train.dist.destroy_process_group()
+sys.exit(code)
+""")
+    return str(folder / "script.py")
 
 
 def run(command):
@@ -169,11 +189,9 @@ def test_every_recipe_learns_on_a_cpu(recipe, tiny, no_sample):
 
 
 def train_without_triton(folder):
-    (folder / "text.txt").write_text(TEXT)
     code = "import sys; sys.modules['triton'] = None; import train; sys.exit(train.main(sys.argv[1:]))"
-    command = [*TINY, "--data", str(folder / "text.txt"), "--out", str(folder / "out")]
-    return subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, "-c", code, *tiny_in(folder)()], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True)
 
 
 def test_moss_trains_where_triton_cannot_be_installed(beside):
@@ -349,9 +367,6 @@ def test_the_log_says_what_the_ranks_send_in_a_step(shards, text):
 # Rank 1 draws other initial weights, as another kind of GPU would from the same seed: those of rank 0 are to count. And
 # the gradients lie in DDP's buckets from the first micro-batch on: others beside them would be 4 bytes per parameter.
 TWO_RANKS = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train
 build, forward_backward = train.build, train.forward_backward
 
 def drawn_elsewhere(c, device):
@@ -367,21 +382,15 @@ def in_buckets(model, *arguments, **options):
     return loss
 
 train.build, train.forward_backward = drawn_elsewhere, in_buckets
-code = train.main(sys.argv[1:])
-train.gc.collect()
-train.dist.destroy_process_group()
-sys.exit(code)
 """
 
 
 def train_on_two_ranks(recipe, folder):
     """-> (the folder of a run on two processes, the command line that made it)"""
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "script.py").write_text(TWO_RANKS.format(root=str(ROOT)))
-    command = [*TINY, *f"--fp8 {recipe} --accum 2 --steps 3 --eval_every 3 --eval_batches 2".split(),
-               "--rescale_interval", "2", "--data", str(folder / "text.txt"), "--out", str(folder / "two")]
+    command = tiny_in(folder)(f"--fp8 {recipe} --accum 2 --steps 3 --eval_every 3 --eval_batches 2 "
+                              f"--rescale_interval 2", "two")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                           "--master_port", str(free_port()), str(folder / "script.py"), *command],
+                           "--master_port", str(free_port()), changed_train(folder, TWO_RANKS), *command],
                           timeout=90, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ranks   2, each sends per step: " in done.stdout
@@ -561,15 +570,11 @@ def test_ranks_that_torchrun_starts_anew_for_other_nodes_go_on_too(tiny, monkeyp
 
 def restart_after_a_start_in_vain(folder):
     """-> (where the next run has to move the checkpoint of an earlier one, that run, which torchrun starts twice)"""
-    (folder / "text.txt").write_text(TEXT)
-    command = [*TINY, *"--fp8 none --steps 2".split(), "--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    command = tiny_in(folder)("--fp8 none --steps 2")
     subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, env=ENVIRONMENT, check=True,
                    capture_output=True)
     earlier = newest(folder / "out")
-    (folder / "script.py").write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
+    script = changed_train(folder, """
 train.sample = lambda *_: ""
 real = train.build
 def killed(*arguments):
@@ -577,12 +582,9 @@ def killed(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 train.build = killed
-code = train.main(sys.argv[1:])
-train.dist.destroy_process_group()
-sys.exit(code)
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--rdzv_backend", "c10d",
-                "--rdzv_endpoint", f"localhost:{free_port()}", str(folder / "script.py")]
+                "--rdzv_endpoint", f"localhost:{free_port()}", script]
     done = subprocess.run([*torchrun, *command, "--seed", "1"], env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=90)
     return folder / "out.1" / earlier.name, done
@@ -618,11 +620,7 @@ def test_a_run_that_torchrun_restarts_after_its_last_step_is_done(tiny, monkeypa
 def kill_a_rank(nodes, victim, folder):
     """-> (folder, command line, exit codes of torchrun on each node, all that was printed) of a run on two ranks, of
     which one is killed at its step 6"""
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "killed.py").write_text(f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import train
+    script = changed_train(folder, f"""
 open({str(folder / "starts")!r}, "a").write(".")
 real = train.forward_backward
 def killed(model, batches, step, c, ranks, *rest, **options):
@@ -633,16 +631,12 @@ def killed(model, batches, step, c, ranks, *rest, **options):
         time.sleep({2 * (nodes - 1)})   # the other node learns of it from torchrun, and does not count a restart
     return real(model, batches, step, c, ranks, *rest, **options)
 train.forward_backward, train.sample = killed, lambda *_: ""
-code = train.main(sys.argv[1:])
-train.gc.collect()
-train.dist.destroy_process_group()
-sys.exit(code)
 """)
-    command = [*TINY, *"--fp8 moss --accum 2 --steps 8 --eval_batches 2".split(), "--data", str(folder / "text.txt")]
+    command = tiny_in(folder)("--fp8 moss --accum 2 --steps 8 --eval_batches 2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node",
                 str(2 // nodes), "--max-restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "test",
-                "--rdzv_endpoint", f"localhost:{free_port()}", str(folder / "killed.py"), *command]
-    agents = [subprocess.Popen([*torchrun, "--out", str(folder / "out")], stdout=subprocess.PIPE, text=True,
+                "--rdzv_endpoint", f"localhost:{free_port()}", script, *command]
+    agents = [subprocess.Popen(torchrun, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.STDOUT, env=ENVIRONMENT)
               for _ in range(nodes)]
     printed = "".join(agent.communicate(timeout=120)[0] for agent in agents)
