@@ -80,9 +80,22 @@ def test_the_losses_that_it_compares_are_those_of_the_logs():
             first, last = records[0], records[-1]
             assert (first["config"]["fp8"], first["config"]["seed"], last["step"]) == (fp8, int(seed), 1500)
             assert loss == f"{last['val_loss']:.4f}" and last["skipped"] == 0 and first["hardware"]
-            assert fp8 != "moss" or min(record["scale_ratio_min"] for record in records) >= 1
+            ratios = [record["scale_ratio_min"] for record in records if "scale_ratio_min" in record]   # not of a stop
+            assert fp8 != "moss" or len(ratios) == 30 and min(ratios) >= 1
             finals.append(last["val_loss"])
         if len(finals) == len(seeds):
             means[fp8] = sum(finals) / len(finals)
         assert mean == (f"{means[fp8]:.4f}" if fp8 in means else "")
     assert abs(means["moss"] / means["none"] - 1) < 0.003
+
+
+def test_the_losses_beside_the_name_of_a_log_are_those_of_that_log():
+    """Of its last validations: as many as the row has numbers."""
+    rows = re.findall(r"^\|.*?\| ([\d. |]+) \| `([\w-]+)` \|$", README, re.MULTILINE)
+    assert len(rows) > 6
+    for losses, name in rows:
+        records = [json.loads(line) for line in open(ROOT / f"assets/runs/{name}/log.jsonl")]
+        found = [f"{record['val_loss']:.4f}" for record in records if "val_loss" in record]
+        losses = losses.split(" | ")
+        assert losses == found[-len(losses):] and records[-1]["step"] == records[0]["config"]["steps"], name
+        assert records[-1]["skipped"] == 0 and records[0]["hardware"], name
