@@ -111,7 +111,8 @@ class Config:
                                  "of qkv, out and gate_up) or block (all but the inputs of blocks)")
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
     # instead of training
-    eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out")
+    eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out; under several "
+                                 "recipes in --fp8 (a,b,c), losses and gradients")
     sample: str = opt(None, "text (or token ids) that the newest checkpoint in --out is to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
     bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens each")
@@ -148,7 +149,7 @@ def resolve(c, device, world):
     """Fills in the defaults that depend on preset, device and number of ranks; refuses what cannot work."""
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
-    for fp8 in c.fp8.split(",") if c.bench else [c.fp8]:
+    for fp8 in c.fp8.split(",") if c.bench or c.eval_only and c.sample is None else [c.fp8]:
         if fp8 not in RECIPES:
             raise UserError(f"--fp8 {fp8} is no recipe: choose one of {', '.join(RECIPES)}")
         if c.shard and (fp8 == "none" or RECIPES[fp8].weight_scale != "predicted"):
@@ -1288,22 +1289,76 @@ def train(config):
 # ---------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show
 
-def report(c, ranks):
-    """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
-    device, say = ranks.device, ranks.say
-    model, _, batches = build(c, device)
-    path, state = load_checkpoint(Path(c.out), model.config, say)
-    note_changes(state, c, ("fp8", "data", "seq"), say)   # of a sample, too: the data say whether tokens are text
+def open_checkpoint(c, ranks):
+    """The newest whole checkpoint in --out, under the recipe --fp8 -> (path, state, model, validation Batches)."""
+    model, _, batches = build(c, ranks.device)
+    path, state = load_checkpoint(Path(c.out), model.config, ranks.say)
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)
     requantize(model, scales)
+    return path, state, model, batches
+
+
+def report(c, ranks):
+    """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
+    path, state, model, batches = open_checkpoint(c, ranks)
+    note_changes(state, c, ("fp8", "data", "seq"), ranks.say)   # of a sample, too: data say whether tokens are text
     if c.eval_only:
         loss = evaluate(model, batches, ranks)
-        say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
-            f"{torch.tensor(loss).exp():.3f}, {numerics(c.fp8, device)}")
+        ranks.say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
+                  f"{torch.tensor(loss).exp():.3f}, {numerics(c.fp8, ranks.device)}")
     if c.sample is not None:
-        say(sample(model, batches, device, c.seed, c.sample))
+        ranks.say(sample(model, batches, ranks.device, c.seed, c.sample))
+
+
+def compare(c, ranks):
+    """--eval_only of several recipes: loss and gradient of the same micro-batches at the same weights. Writes nothing.
+
+    Runs that differ in rounding alone drift apart, and then chance has a part in their losses; here it has none. The
+    error of a gradient is ||g - g_first|| / ||g_first||, where g_first is that of the first recipe: over all parameters
+    and over each kind of quantised layer. To compare it with: how far the gradient of one micro-batch is from the mean.
+    """
+    if ranks.world > 1:
+        raise UserError(f"--eval-only --fp8 {c.fp8}: {ranks.world} ranks cannot share it, run it without torchrun")
+    kinds, first = {"gradient": "", "qkv": ".qkv.", "out": ".out.", "gate_up": ".gate_up.", "down": ".down."}, None
+    for fp8 in c.fp8.split(","):
+        path, state, model, batches = open_checkpoint(dataclasses.replace(c, fp8=fp8), ranks)
+        loss, gradient, deviation = mean_gradient(model, batches, ranks.device)
+        if first is None:
+            first = gradient
+            note_changes(state, c, ("data", "seq"), print)
+            print(f"{path}: step {state['step']}; {c.eval_batches} micro-batches of {c.batch} x {c.seq} validation "
+                  f"tokens; the gradient of one is {deviation:.0%} away from their mean\n\n"
+                  f"{'recipe':12}{'loss':>8}" + "".join(f"{kind:>10}" for kind in kinds))
+        print(f"{fp8:12}{loss:8.4f}", end="")
+        for part in kinds.values():
+            names = [name for name in first if part in name]
+            error = norm_of(gradient[name] - first[name] for name in names) / norm_of(first[name] for name in names)
+            print(f"{error:10.2%}", end="")
+        print(flush=True)
+        del model, gradient
+        gc.collect()   # a compiled model refers to itself
+
+
+def mean_gradient(model, batches, device):
+    """Of the validation micro-batches -> mean loss; {name: mean gradient}; how far that of one is from it, relative."""
+    count, loss, square = batches.config.eval_batches, 0.0, 0.0
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in range(count):
+        one = model(*batches.evaluation(i, device))
+        one.backward()
+        loss += one.item() / count
+        for name, p in model.named_parameters():
+            mean[name].add_(p.grad, alpha=1 / count)
+        square += norm_of(p.grad for p in model.parameters()) ** 2 / count
+        model.zero_grad()
+    variance = (square - norm_of(mean.values()) ** 2) * count / max(count - 1, 1)
+    return loss, mean, math.sqrt(max(variance, 0)) / norm_of(mean.values())
+
+
+def norm_of(tensors):
+    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
 
 
 def plot_runs(folders, path):
@@ -1408,7 +1463,7 @@ def main(argv=None):
         elif config.bench or config.eval_only or config.sample is not None:
             ranks = start_ranks(config.device)
             c = resolve(config, ranks.device, 1)
-            bench(c, ranks.device) if c.bench else report(c, ranks)
+            bench(c, ranks.device) if c.bench else compare(c, ranks) if "," in c.fp8 else report(c, ranks)
         else:
             train(config)
         return 0

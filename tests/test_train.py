@@ -1224,7 +1224,7 @@ BAD_OPTIONS = {   # options: what the line says
     "--model gpt5": ["--model gpt5", "no preset", "nano, 124m"],
     "--fp8 e3m4": ["--fp8 e3m4", "no recipe", "none, tensor, group, mx, moss"],
     "--bench --fp8 none,e3m4": ["--fp8 e3m4", "no recipe"],
-    "--fp8 none,moss": ["--fp8 none,moss", "no recipe"],   # several only to --bench
+    "--fp8 none,moss": ["--fp8 none,moss", "no recipe"],   # several only to --bench and --eval-only
     "--recompute all": ["--recompute all", "none, act, block"],
     "--bench --shard": ["--shard is for recipes that predict", "none"],
     "--fp8 group --recompute act": ["--recompute act", "group", "--recompute block"],
@@ -1874,6 +1874,50 @@ def test_a_run_is_evaluated_from_within_its_folder(tiny, tmp_path, monkeypatch, 
     run(tiny("--fp8 none"))
     monkeypatch.chdir(tmp_path / "out")
     assert train.main([*tiny("--fp8 none --eval-only"), "--out", "."]) == 0
+
+
+def test_recipes_are_compared_at_the_weights_of_a_checkpoint(tiny, tmp_path, no_sample, capsys):
+    run(tiny("--fp8 moss --steps 8 --eval_batches 3"))
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    capsys.readouterr()
+    assert train.main(tiny(f"--fp8 {','.join(RECIPES)} --eval-only --eval_batches 3")) == 0
+    head, _, titles, *rows = capsys.readouterr().out.splitlines()
+    assert "step 8; 3 micro-batches of 2 x 16 validation tokens" in head
+    assert titles.split() == ["recipe", "loss", "gradient", "qkv", "out", "gate_up", "down"]
+    for recipe, row in zip(RECIPES, rows, strict=True):
+        name, loss, *errors = row.split()
+        assert name == recipe and train.main(tiny(f"--fp8 {recipe} --eval-only --eval_batches 3")) == 0
+        assert f"validation loss {loss}," in capsys.readouterr().out
+        errors = [float(error.rstrip("%")) for error in errors]
+        # Every one of some six roundings on the way, to 3 or (tensor) 2 bits, is wrong by 2.6% or 5% of the value.
+        assert errors == [0] * 5 if recipe == "none" else 0.5 < min(errors) <= max(errors) < 20
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
+
+
+def test_the_mean_gradient_is_that_of_all_micro_batches_together(tiny):
+    c = train.resolve(train.parse_config(tiny("--fp8 none --eval_batches 3")), CPU, 1)
+    model, _, batches = train.build(c, CPU)
+    loss, gradient, deviation = train.mean_gradient(model, batches, CPU)
+    pairs = [batches.evaluation(i, CPU) for i in range(3)]
+    expected = model(*(torch.cat(side) for side in zip(*pairs)))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(torch.cat([g.flatten() for g in gradient.values()]), flat, rtol=1e-4, atol=1e-6)
+    ones = []
+    for pair in pairs:
+        model.zero_grad()
+        model(*pair).backward()
+        ones.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert deviation == pytest.approx((torch.stack(ones).var(0).sum().sqrt() / flat.norm()).item(), rel=1e-3)
+
+
+def test_several_recipes_are_for_comparison_and_for_one_process(tiny, monkeypatch, no_sample, capsys):
+    for command in ("--fp8 none,moss", "--fp8 none,moss --sample a", "--fp8 none,FP9 --eval-only"):
+        assert train.main(tiny(command)) == 2 and "is no recipe: choose one of none, " in capsys.readouterr().err
+    monkeypatch.setattr(train, "start_ranks", lambda _: train.Ranks(0, 2, CPU))
+    assert train.main(tiny("--fp8 none,moss --eval-only")) == 2
+    assert "2 ranks cannot share it, run it without torchrun" in capsys.readouterr().err
 
 
 def test_other_data_under_the_same_name_are_said_at_resume(tiny, tmp_path, monkeypatch, no_sample, capsys):
