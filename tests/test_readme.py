@@ -74,33 +74,47 @@ def log_of(name):
     return records
 
 
-def test_the_losses_that_it_compares_are_those_of_the_logs():
-    """And they show what it says: the means of none and moss within 0.3%, the prediction never too small."""
-    header, rows = re.search(r"^\| `--fp8` \|(.* mean) \|\n.*\n((?:\|.*\n)+)", README, re.MULTILINE).groups()
-    seeds, means = re.findall(r"seed (\d+)", header), {}
+def losses_of_seeds(model):
+    """Its table of final losses -> {what the first cell says: (losses of the seeds in it, mean)}, equal to the logs'."""
+    title = rf"^\| `{model}`, ([\d,]+) steps \|(.*) \| mean \|\n.*\n((?:\|.*\n)+)"
+    steps, header, rows = re.search(title, README, re.MULTILINE).groups()
+    seeds, table = re.findall(r"seed (\d+)", header), {}
     for row in rows.splitlines():
-        fp8, *losses, mean = (cell.strip(" `") for cell in row[1:-1].split("|"))
+        what, *losses, mean = (cell.strip() for cell in row[1:-1].split("|"))
+        recipe, again = re.match(r"`([\w-]+)`(, again)?", what).groups()
         finals = []
         for seed, loss in zip(seeds, losses, strict=True):
             if not loss:   # not run
                 continue
-            records = log_of(f"124m-{fp8}-{seed}")
-            first, last = records[0], records[-1]
-            assert (first["config"]["fp8"], first["config"]["seed"], last["step"]) == (fp8, int(seed), 1500)
-            assert loss == f"{last['val_loss']:.4f}"
-            ratios = [record["scale_ratio_min"] for record in records if "scale_ratio_min" in record]   # not of a stop
-            assert fp8 != "moss" or len(ratios) == 30 and min(ratios) >= 1
+            name = f"{model}-{recipe}-{seed}" + "-again" * bool(again)
+            config, last = log_of(name)[0]["config"], log_of(name)[-1]
+            assert (config["model"], config["fp8"], config["seed"]) == (model, recipe, int(seed)), name
+            assert last["step"] == int(steps.replace(",", "")) and loss == f"{last['val_loss']:.4f}", name
             finals.append(last["val_loss"])
-        if len(finals) == len(seeds):
-            means[fp8] = sum(finals) / len(finals)
-        assert mean == (f"{means[fp8]:.4f}" if fp8 in means else "")
-    assert abs(means["moss"] / means["none"] - 1) < 0.003
+        average = sum(finals) / len(finals)
+        assert mean == (f"{average:.4f}" if len(finals) == len(seeds) else ""), what
+        table[what] = finals, average
+    return table
+
+
+def test_the_losses_of_124m_are_those_of_the_logs_and_the_means_of_none_and_moss_are_equal():
+    """Within 0.3%; and the prediction of the scales of weights is never too small."""
+    table = losses_of_seeds("124m")
+    assert len(table["`none`"][0]) == len(table["`moss`"][0]) == 3
+    assert abs(table["`moss`"][1] / table["`none`"][1] - 1) < 0.003
+    for seed in (1337, 1338, 1339):
+        ratios = [r["scale_ratio_min"] for r in log_of(f"124m-moss-{seed}") if "scale_ratio_min" in r]   # not of a stop
+        assert len(ratios) == 30 and min(ratios) >= 1
+
+
+def test_the_losses_of_1b_are_those_of_the_logs():
+    assert set(losses_of_seeds("1b")) >= {"`none`", "`moss`", "`moss`, again"}
 
 
 def test_the_losses_beside_the_name_of_a_log_are_those_of_that_log():
     """Of its last validations: as many as the row has numbers."""
     rows = re.findall(r"^\|.*?\| ([\d. |]+) \| `([\w-]+)` \|$", README, re.MULTILINE)
-    assert len(rows) > 6
+    assert len(rows) >= 8
     for losses, name in rows:
         found = [f"{record['val_loss']:.4f}" for record in log_of(name) if "val_loss" in record]
         losses = losses.split(" | ")
