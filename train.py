@@ -46,6 +46,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, picture
@@ -111,8 +112,8 @@ class Config:
                                  "of qkv, out and gate_up) or block (all but the inputs of blocks)")
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
     # instead of training
-    eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out; under several "
-                                 "recipes in --fp8 (a,b,c), losses and gradients")
+    eval_only: bool = opt(False, "report validation loss and perplexity of the newest checkpoint in --out; losses and "
+                                 "gradients under several recipes in --fp8 (a,b,c)")
     sample: str = opt(None, "text (or token ids) that the newest checkpoint in --out is to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
     bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens each")
@@ -709,8 +710,11 @@ def learning_rate(step, c):
 def make_model(c, device, vocab=None):
     """BF16 is compiled whole on a GPU. FP8 recipes compile the pieces that are not ours (model.py)."""
     config = dataclasses.replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab or PRESETS[c.model].vocab)
-    with torch.device(device):
-        model = Transformer(config, c.fp8, c.recompute)
+    try:
+        with torch.device(device):
+            model = Transformer(config, c.fp8, c.recompute)
+    except ValueError as e:
+        raise UserError(e) from None
     torch.compiler.set_stance("force_eager" if c.eager else "default")
     if device.type == "cuda" and c.fp8 == "none" and not c.eager:
         model.compile(dynamic=False)
@@ -801,7 +805,7 @@ class Shards:
         while self.sent:
             self.receive(self.sent.pop(0))
         zero = torch.zeros((), device=self.parameters[0].device)
-        norms = [torch.nn.utils.get_total_norm([p.grad]) if self.mine(p) else zero for p in self.parameters]
+        norms = [get_total_norm([p.grad]) if self.mine(p) else zero for p in self.parameters]
         return torch.linalg.vector_norm(all_sum(torch.stack(norms)))
 
     def share(self, scales, measured):
@@ -1013,10 +1017,7 @@ def build(c, device):
     except OSError as e:
         raise UserError(f"--data: {e.filename} cannot be read ({e.strerror}): check its permissions") from None
     torch.manual_seed(c.seed)
-    try:
-        model = make_model(c, device, vocab)
-    except ValueError as e:
-        raise UserError(e) from None
+    model = make_model(c, device, vocab)
     return (model, Batches(train_tokens, c, model.config.vocab, "training"),
             Batches(val_tokens, c, model.config.vocab, "validation"))
 
@@ -1215,7 +1216,7 @@ def train(config):
             if device.type == "cuda":   # which is still busy; from here on this process waits for it
                 train_batches.prefetch(step + 1, ranks.rank, device)
             health = scale_health(model, scales, shards) if logging else {}
-            norm = shards.norm() if shards else torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = shards.norm() if shards else get_total_norm([p.grad for p in parameters])
             flag = torch.tensor(float(stop.received), device=device)
             # All ranks learn the mean loss and whether one was told to stop: the one wait for the GPU in a step.
             loss, stopping, norm_value = torch.cat((all_sum(torch.stack((loss, flag))), norm.view(1))).tolist()
@@ -1289,27 +1290,27 @@ def train(config):
 # ---------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show
 
-def open_checkpoint(c, ranks):
-    """The newest whole checkpoint in --out, under the recipe --fp8 -> (path, state, model, validation Batches)."""
-    model, _, batches = build(c, ranks.device)
-    path, state = load_checkpoint(Path(c.out), model.config, ranks.say)
+def restore_quantised(state, model, c):
+    """The weights of a checkpoint, and what the recipe of this model makes of them."""
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
     restore_scales(state, scales, c)
     requantize(model, scales)
-    return path, state, model, batches
 
 
 def report(c, ranks):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing."""
-    path, state, model, batches = open_checkpoint(c, ranks)
-    note_changes(state, c, ("fp8", "data", "seq"), ranks.say)   # of a sample, too: data say whether tokens are text
+    device, say = ranks.device, ranks.say
+    model, _, batches = build(c, device)
+    path, state = load_checkpoint(Path(c.out), model.config, say)
+    note_changes(state, c, ("fp8", "data", "seq"), say)   # of a sample, too: the data say whether tokens are text
+    restore_quantised(state, model, c)
     if c.eval_only:
         loss = evaluate(model, batches, ranks)
-        ranks.say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
-                  f"{torch.tensor(loss).exp():.3f}, {numerics(c.fp8, ranks.device)}")
+        say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
+            f"{torch.tensor(loss).exp():.3f}, {numerics(c.fp8, device)}")
     if c.sample is not None:
-        ranks.say(sample(model, batches, ranks.device, c.seed, c.sample))
+        say(sample(model, batches, device, c.seed, c.sample))
 
 
 def compare(c, ranks):
@@ -1321,24 +1322,28 @@ def compare(c, ranks):
     """
     if ranks.world > 1:
         raise UserError(f"--eval-only --fp8 {c.fp8}: {ranks.world} ranks cannot share it, run it without torchrun")
+    recipes = [dataclasses.replace(c, fp8=fp8) for fp8 in c.fp8.split(",")]
+    model, _, batches = build(recipes[0], ranks.device)
+    path, state = load_checkpoint(Path(c.out), model.config, print)
+    note_changes(state, c, ("data", "seq"), print)
     kinds, first = {"gradient": "", "qkv": ".qkv.", "out": ".out.", "gate_up": ".gate_up.", "down": ".down."}, None
-    for fp8 in c.fp8.split(","):
-        path, state, model, batches = open_checkpoint(dataclasses.replace(c, fp8=fp8), ranks)
+    for recipe in recipes:
+        model = model or make_model(recipe, ranks.device, batches.vocab)   # the first is there
+        restore_quantised(state, model, recipe)
         loss, gradient, deviation = mean_gradient(model, batches, ranks.device)
         if first is None:
             first = gradient
-            note_changes(state, c, ("data", "seq"), print)
             print(f"{path}: step {state['step']}; {c.eval_batches} micro-batches of {c.batch} x {c.seq} validation "
                   f"tokens; the gradient of one is {deviation:.0%} away from their mean\n\n"
                   f"{'recipe':12}{'loss':>8}" + "".join(f"{kind:>10}" for kind in kinds))
-        print(f"{fp8:12}{loss:8.4f}", end="")
+        errors = []
         for part in kinds.values():
             names = [name for name in first if part in name]
-            error = norm_of(gradient[name] - first[name] for name in names) / norm_of(first[name] for name in names)
-            print(f"{error:10.2%}", end="")
-        print(flush=True)
-        del model, gradient
-        gc.collect()   # a compiled model refers to itself
+            difference = get_total_norm([gradient[name] - first[name] for name in names])
+            errors.append(difference / get_total_norm([first[name] for name in names]))
+        print(f"{recipe.fp8:12}{loss:8.4f}" + "".join(f"{error:10.2%}" for error in errors), flush=True)
+        model = gradient = None
+        gc.collect()   # a compiled model refers to itself: the next one needs its memory
 
 
 def mean_gradient(model, batches, device):
@@ -1351,14 +1356,10 @@ def mean_gradient(model, batches, device):
         loss += one.item() / count
         for name, p in model.named_parameters():
             mean[name].add_(p.grad, alpha=1 / count)
-        square += norm_of(p.grad for p in model.parameters()) ** 2 / count
+        square += get_total_norm([p.grad for p in model.parameters()]).item() ** 2 / count
         model.zero_grad()
-    variance = (square - norm_of(mean.values()) ** 2) * count / max(count - 1, 1)
-    return loss, mean, math.sqrt(max(variance, 0)) / norm_of(mean.values())
-
-
-def norm_of(tensors):
-    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+    norm = get_total_norm(list(mean.values())).item()
+    return loss, mean, math.sqrt(max(square - norm ** 2, 0) * count / max(count - 1, 1)) / norm
 
 
 def plot_runs(folders, path):

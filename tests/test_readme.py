@@ -75,7 +75,7 @@ def log_of(name):
 
 
 def losses_of_seeds(model):
-    """Its table of final losses -> {what the first cell says: (losses of the seeds in it, mean)}, equal to the logs'."""
+    """Its table of final losses, which are those of the logs -> {first cell of a row: (losses of its seeds, mean)}."""
     title = rf"^\| `{model}`, ([\d,]+) steps \|(.*) \| mean \|\n.*\n((?:\|.*\n)+)"
     steps, header, rows = re.search(title, README, re.MULTILINE).groups()
     seeds, table = re.findall(r"seed (\d+)", header), {}
@@ -87,7 +87,8 @@ def losses_of_seeds(model):
             if not loss:   # not run
                 continue
             name = f"{model}-{recipe}-{seed}" + "-again" * bool(again)
-            config, last = log_of(name)[0]["config"], log_of(name)[-1]
+            records = log_of(name)
+            config, last = records[0]["config"], records[-1]
             assert (config["model"], config["fp8"], config["seed"]) == (model, recipe, int(seed)), name
             assert last["step"] == int(steps.replace(",", "")) and loss == f"{last['val_loss']:.4f}", name
             finals.append(last["val_loss"])
