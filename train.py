@@ -1022,6 +1022,37 @@ def build(c, device):
             Batches(val_tokens, c, model.config.vocab, "validation"))
 
 
+def claim_key(c):
+    return f"claimed {Path(c.out).resolve()}"
+
+
+def started_again(c, ranks):
+    """Whether torchrun starts this run again, after a rank had died or a node had come, and it has a checkpoint.
+
+    torchrun counts the former alone, node by node. And if no start before this one came as far as claiming the folder,
+    what lies in it belongs to another run.
+    """
+    store = ranks.store
+    was_claimed, was_started = (store is not None and store.check([key]) for key in (claim_key(c), "started"))
+    restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=ranks.device)).item()
+    if store is not None:
+        store.set("started", "")
+    return bool((was_claimed or restarts > 0 and not was_started) and checkpoints(Path(c.out)))
+
+
+def check_ranks_agree(c, ranks, step, read):
+    """RunError unless all ranks have the same options, data of the same sizes `read`, and the same checkpoint."""
+    told = {**dataclasses.asdict(c), "device": None, "data": None, "out": None}   # paths may differ from node to node
+    mine = torch.tensor([step, zlib.crc32(json.dumps([told, read]).encode())], device=ranks.device)
+    least, most = (end.tolist() for end in extremes(mine))
+    if least[1] != most[1]:
+        raise RunError("the ranks have different options or data: start all of them with the same command, and give "
+                       "every node all files of --data")
+    if least[0] != most[0]:
+        raise RunError(f"the ranks found checkpoints of steps {least[0]} to {most[0]}: --out {c.out} has to be one "
+                       f"folder that all nodes see")
+
+
 def collect_state(model, optimizer, shards, main):
     """Weights and moments by the names of the parameters, in the CPU's memory of rank 0."""
     weights, moments, started = {}, {}, len(optimizer.state) > 0
@@ -1072,6 +1103,28 @@ def restore_scales(state, scales, c):
             scales.anchor()
 
 
+def restore_training(state, model, optimizer, scales, c, read, say):
+    """Moments and scales, as far as they still hold under the options and data of today, and a note of what changed.
+
+    -> (updates that the moments have seen, [best validation loss, its step])
+    """
+    updates, best = state["updates"], state["best"]
+    other_data = tuple(state.get("read", read)) != read
+    if other_data:
+        say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
+            *state["read"], *read))
+    changed = note_changes(state, c, [n for n in state["config"] if n not in ("resume", "device", "out")], say)
+    if other_data or changed & {"data", "seq", "batch", "eval_batches"}:   # no longer the same validation loss
+        best = [math.inf, 0]
+    if changed & {"beta1", "beta2"}:
+        say("note: Adam's moments begin anew, for they were means under other betas")
+        updates = 0   # no bound of Adam's steps holds for moments of two kinds
+    else:
+        restore_moments(state, model, optimizer)
+    restore_scales(state, scales, c)
+    return updates, best
+
+
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
     """Gradients of one optimizer step, averaged over micro-batches and ranks -> this rank's share of the mean loss.
 
@@ -1103,19 +1156,13 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
 def train(config):
     """The whole run; returns its summary as a dict, or None if a signal ended it."""
     ranks = start_ranks(config.device)
-    device, main = ranks.device, ranks.rank == 0
-    say = ranks.say
+    device, main, say = ranks.device, ranks.rank == 0, ranks.say
     c = resolve(config, device, ranks.world)
-    # Did torchrun start this again, after a rank had died or a node had come? It counts the former alone, node by node.
-    # If no start before this one came as far as claiming the folder, what lies in it belongs to another run.
-    claimed, store = f"claimed {Path(c.out).resolve()}", ranks.store
-    was_claimed, was_started = (store is not None and store.check([key]) for key in (claimed, "started"))
-    restarts = all_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)).item()
-    if store is not None:
-        store.set("started", "")
-    again = bool((was_claimed or restarts > 0 and not was_started) and checkpoints(Path(c.out)))
+    again = started_again(c, ranks)
     c.resume = c.resume or again
     model, train_batches, val_batches = build(c, device)
+    parameters = list(model.parameters())
+    read = len(train_batches.tokens), len(val_batches.tokens)
     out, best = Path(c.out), [math.inf, 0]   # validation loss, and at which step
     out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
     norms = deque(maxlen=100)                # of the gradients of the last steps taken
@@ -1123,7 +1170,7 @@ def train(config):
     step = updates = skipped = in_a_row = 0   # steps taken; those that changed the weights, and those that did not
     if c.resume:
         checkpoint, state = load_checkpoint(out, model.config, say)
-        step, updates, skipped, best = (state[key] for key in ("step", "updates", "skipped", "best"))
+        step, skipped = state["step"], state["skipped"]
         norms.extend(state["norms"])
         if step >= c.steps and again:   # a rank died after the last checkpoint
             say(f"{checkpoint} is at step {step} of {c.steps}: the run is done")
@@ -1132,37 +1179,15 @@ def train(config):
             raise UserError(f"--resume: {checkpoint} is at step {step} of {c.steps}, nothing is left to do: "
                             f"raise --steps")
         restore_weights(state, model)
-    told = {**dataclasses.asdict(c), "device": None, "data": None, "out": None}   # paths may differ from node to node
-    read = len(train_batches.tokens), len(val_batches.tokens)
-    mine = torch.tensor([step, zlib.crc32(json.dumps([told, read]).encode())], device=device)
-    least, most = (end.tolist() for end in extremes(mine))
-    if least[1] != most[1]:
-        raise RunError("the ranks have different options or data: start all of them with the same command, and give "
-                       "every node all files of --data")
-    if least[0] != most[0]:
-        raise RunError(f"the ranks found checkpoints of steps {least[0]} to {most[0]}: --out {out} has to be one "
-                       f"folder that all nodes see")
-    for p in model.parameters() if dist.is_initialized() else ():
+    check_ranks_agree(c, ranks, step, read)
+    for p in parameters if dist.is_initialized() else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     shards = Shards(model, ranks) if c.shard and ranks.world > 1 else None
     optimizer = make_optimizer(model, c, shards)
     scales = make_scales(model, optimizer, c)
     if c.resume:
-        other_data = tuple(state.get("read", read)) != read
-        if other_data:
-            say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
-                *state["read"], *read))
-        changed = note_changes(state, c, [n for n in state["config"] if n not in ("resume", "device", "out")], say)
-        if other_data or changed & {"data", "seq", "batch", "eval_batches"}:   # no longer the same validation loss
-            best = [math.inf, 0]
-        if changed & {"beta1", "beta2"}:
-            say("note: Adam's moments begin anew, for they were means under other betas")
-            updates = 0   # no bound of Adam's steps holds for moments of two kinds
-        else:
-            restore_moments(state, model, optimizer)
-        restore_scales(state, scales, c)
+        updates, best = restore_training(state, model, optimizer, scales, c, read, say)
         before = state.get("ranks", ranks.world)
-        changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         del state   # 12 bytes per parameter of host memory
     requantize(model, scales, shards)
     if shards:
@@ -1170,20 +1195,19 @@ def train(config):
 
     # From here on files are written.
     held, log, board = claim(out, c, step) if main else (None, None, None)
-    if main and store is not None:
-        store.set(claimed, "")
+    if main and ranks.store is not None:
+        ranks.store.set(claim_key(c), "")
     for path in checkpoints(out) if main and c.resume else ():
         if path > checkpoint:   # damaged, else it would have been taken
             say(f"note: {path.name} is now called {path.rename(path.with_suffix('.damaged')).name}")
     say("config  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items()))
-    parameters = list(model.parameters())
     say(f"model   {c.model}: {sum(p.numel() for p in parameters):,} parameters, vocabulary {model.config.vocab}")
-    say(f"data    {len(train_batches.tokens):,} training and {len(val_batches.tokens):,} validation tokens of "
-        f"{c.data or 'the Python standard library'}")
+    say("data    {:,} training and {:,} validation tokens of {}".format(*read, c.data or "the Python standard library"))
     say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
     if ranks.world > 1:
         say(f"ranks   {ranks.world}, each sends per step: {traffic(model, device, shards)}")
     if c.resume:
+        changed = f"; {before} ranks are {ranks.world} now" if before != ranks.world else ""
         say(f"resumed {checkpoint} at step {step}{changed}")
 
     ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
