@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)):
     os.environ["TRITON_INTERPRET"] = "1"   # run alone, and not on a Hopper: the kernels run in Triton's interpreter
 
-from fp8_formats import E4M3, FORMATS
+from fp8_formats import E4M3, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores,
                         measured_scale, quantize, quantize_both, quantize_reference, transpose)
 
@@ -55,6 +55,22 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
     """Quantized a (M, K), b (N, K) -> (M, N): the product of what they stand for, both made `dtype`, plus `add`."""
     product = a.dequantize(dtype) @ b.dequantize(dtype).t()
     return (product if add is None else product + add.float()).to(out_dtype)
+
+
+def tensor_core_sum(a, b, aside=None):
+    """a (M, K) b (N, K)^T, FP8 numbers in float32, summed as Hopper's tensor cores do it: a model that has their errors.
+
+    32 products and the sum so far are aligned to the largest of them, in [2^e, 2^(e+1)): of each, what lies below
+    2^(e - 13) is cut off, and the rest is added exactly. aside: after so many of K the sum is added to one in FP32.
+    """
+    total = acc = a.new_zeros(len(a), len(b))
+    for k in range(0, a.shape[1], 32):
+        terms = torch.cat((a[:, None, k:k + 32] * b[:, k:k + 32], acc[..., None]), dim=2)      # (M, N, 33)
+        unit = pow2((floor_log2(terms.abs().amax(dim=2, keepdim=True)) - 13).clamp(min=-126))
+        acc = ((terms / unit).trunc() * unit).sum(dim=2)
+        if aside and (k + 32) % aside == 0:
+            total, acc = total + acc, torch.zeros_like(acc)
+    return total + acc
 
 
 def kernel_can_scale(a, b):
@@ -352,13 +368,28 @@ def error_of(variant, M, N, K, device, mean=0.0):
     return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][3]), exact)
 
 
+def error_of_tensor_core(K, aside=None, mean=0.0):
+    """Of tensor_core_sum against float64."""
+    a, b = (uncast(q.data) for q in operands(64, 64, K, "epilogue only", "cpu", mean))
+    return relative_error(tensor_core_sum(a, b, aside), a.double() @ b.double().t())
+
+
 def show_errors_on_a_cpu():
     kernel = "the kernel in Triton's interpreter" if HAS_TRITON else "no Triton here: the PyTorch reference"
     print(f"Errors on a CPU ({kernel}), where sums are kept in FP32; times need a GPU of compute capability 9.0\n")
     for M, N, K in ((64, 96, 256), (100, 72, 2320)):
         for variant in VARIANTS:
             print(f"{f'{M} x {N} x {K}':>20}  {variant:20}{error_of(variant, M, N, K, 'cpu'):9.1e}")
-    print("\n-> All variants compute the same product, of operands that were scaled in different ways.")
+    print("""
+-> All variants compute the same product, of operands that were scaled in different ways.
+
+Sums as tensor cores keep them, by a model of these (tensor_core_sum): error, and where all terms have one sign
+
+   sum set aside        K = 2048            4096           16384""")
+    for aside in (None, 2048, 512):
+        print(f"   {f'every {aside} of K' if aside else 'never':16}" + "".join(
+            f"{error_of_tensor_core(K, aside):9.1e}{error_of_tensor_core(K, aside, 2.0):7.1%}" for K in (2048, 4096, 16384)))
+    print("\n-> `moss` sets the sums of dgrad and wgrad aside every 2048 of K, and those of fprop never.")
 
 
 def layer_products(T=16384, d=4096, ffn=11008):
