@@ -58,7 +58,7 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
 
 
 def tensor_core_sum(a, b, aside=None):
-    """a (M, K) b (N, K)^T, FP8 numbers in float32, summed as Hopper's tensor cores do it: a model that has their errors.
+    """a (M, K) b (N, K)^T, FP8 numbers in float32, summed as Hopper's tensor cores do: a model that has their errors.
 
     32 products and the sum so far are aligned to the largest of them, in [2^e, 2^(e+1)): of each, what lies below
     2^(e - 13) is cut off, and the rest is added exactly. aside: after so many of K the sum is added to one in FP32.
@@ -388,7 +388,8 @@ Sums as tensor cores keep them, by a model of these (tensor_core_sum): error, an
    sum set aside        K = 2048            4096           16384""")
     for aside in (None, 2048, 512):
         print(f"   {f'every {aside} of K' if aside else 'never':16}" + "".join(
-            f"{error_of_tensor_core(K, aside):9.1e}{error_of_tensor_core(K, aside, 2.0):7.1%}" for K in (2048, 4096, 16384)))
+            f"{error_of_tensor_core(K, aside):9.1e}{error_of_tensor_core(K, aside, 2.0):7.1%}"
+            for K in (2048, 4096, 16384)))
     print("\n-> `moss` sets the sums of dgrad and wgrad aside every 2048 of K, and those of fprop never.")
 
 
