@@ -1,5 +1,6 @@
 """The matrix product against float64, the linear layer's output and each of its gradients, on every recipe."""
 
+import math
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import DEVICE
 
 import gemm_kernel as gk
-from fp8_formats import E4M3, E5M2, FORMATS
+from fp8_formats import E4M3, E5M2, FORMATS, uncast
 from microscale import (ALL, HAS_TRITON, RECIPES, Quantized, fold, quantize_reference, quantize_two_level,
                         quantize_weight, sqnr)
 
@@ -124,6 +125,28 @@ def test_the_model_of_the_tensor_core_has_the_errors_that_were_measured_on_an_h2
 def test_the_model_of_the_tensor_core_adds_exactly_what_needs_no_more_than_14_bits():
     a, b = torch.tensor([[2.0 ** -6] * 64, [0.0] * 64, [448.0] * 32 + [2.0 ** -6] * 32]), torch.ones(1, 64)
     assert gk.tensor_core_sum(a, b).flatten().tolist() == [1.0, 0.0, 448 * 32]   # 32 x 2^-6 is below 2^-13 of that
+
+
+@pytest.mark.parametrize("a, b, kept", [
+    (16, 16, 13), (24, 24, 13), (2 ** -6, 256, 13), (2 ** -7, 256, 12), (2 ** -9, 256, 10)])
+def test_the_model_of_the_tensor_core_keeps_as_much_beside_a_product_as_an_h200(a, b, kept):
+    """14 bits of a sum: of 2^e those down to 2^(e - 13). But the exponent of a subnormal is that of 2^-6."""
+    e = math.floor(math.log2(a * b))
+    for k in (kept, kept + 1):
+        root = 2.0 ** ((e - k) // 2)                                                       # root x rest = 2^(e - k)
+        total = gk.tensor_core_sum(torch.tensor([[a, root]]), torch.tensor([[b, 2.0 ** (e - k) / root]])).item()
+        assert total - a * b == (2.0 ** (e - k) if k == kept else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean, spread", [(0, 0), (2, 0), (0, 3)], ids=["cancelling", "one sign", "far apart"])
+@pytest.mark.parametrize("M, N, K", [(64, 64, 16), (100, 72, 2320), (64, 64, 8192), (2304, 2048, 256)])
+def test_the_model_of_the_tensor_core_is_the_tensor_core_bit_for_bit(M, N, K, mean, spread):
+    torch.manual_seed(0)
+    a, b = (quantize_reference((torch.randn(n, K, device=DEVICE) + mean) * torch.exp2(spread * torch.randn(
+        n, K, device=DEVICE)), E4M3, block, "up") for n, block in ((M, (1, ALL)), (N, (ALL, ALL))))
+    model = gk.tensor_core_sum(uncast(a.data), uncast(b.data)) * a.scale * b.scale   # these are powers of two
+    assert torch.equal(gk.matmul_triton(a, b, torch.float32), model)
 
 
 UNEQUAL = [((1, 128), (ALL, ALL)), ((1, ALL), (1, ALL)), ((ALL, ALL), (128, 128)), ((1, 64), (1, 128)),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -74,23 +75,25 @@ def log_of(name):
     return records
 
 
-def losses_of_seeds(model):
+def losses_of_seeds(model, prefix, steps):
     """Its table of final losses, which are those of the logs -> {first cell of a row: (losses of its seeds, mean)}."""
-    title = rf"^\| `{model}`, ([\d,]+) steps \|(.*) \| mean \|\n.*\n((?:\|.*\n)+)"
-    steps, header, rows = re.search(title, README, re.MULTILINE).groups()
+    title = rf"^\| `{model}`, {steps:,} steps \|(.*) \| mean \|\n.*\n((?:\|.*\n)+)"
+    header, rows = re.search(title, README, re.MULTILINE).groups()
     seeds, table = re.findall(r"seed (\d+)", header), {}
     for row in rows.splitlines():
         what, *losses, mean = (cell.strip() for cell in row[1:-1].split("|"))
-        recipe, again = re.match(r"`([\w-]+)`(, again)?", what).groups()
+        recipe, changed = re.match(r"`([\w-]+)`(?:, (again|sums of fprop set aside every 512 of K))?", what).groups()
         finals = []
         for seed, loss in zip(seeds, losses, strict=True):
             if not loss:   # not run
                 continue
-            name = f"{model}-{recipe}-{seed}" + "-again" * bool(again)
+            aside = "-aside" if changed and changed != "again" else ""
+            name = f"{prefix}-{recipe}{aside}-{seed}" + "-again" * (changed == "again")
             records = log_of(name)
             config, last = records[0]["config"], records[-1]
             assert (config["model"], config["fp8"], config["seed"]) == (model, recipe, int(seed)), name
-            assert last["step"] == int(steps.replace(",", "")) and loss == f"{last['val_loss']:.4f}", name
+            assert records[0].get("changed") == (changed if aside else None), name
+            assert last["step"] == steps and loss == f"{last['val_loss']:.4f}", name
             finals.append(last["val_loss"])
         average = sum(finals) / len(finals)
         assert mean == (f"{average:.4f}" if len(finals) == len(seeds) else ""), what
@@ -100,7 +103,7 @@ def losses_of_seeds(model):
 
 def test_the_losses_of_124m_are_those_of_the_logs_and_the_means_of_none_and_moss_are_equal():
     """Within 0.3%; and the prediction of the scales of weights is never too small."""
-    table = losses_of_seeds("124m")
+    table = losses_of_seeds("124m", "124m", 1500)
     assert len(table["`none`"][0]) == len(table["`moss`"][0]) == 3
     assert abs(table["`moss`"][1] / table["`none`"][1] - 1) < 0.003
     for seed in (1337, 1338, 1339):
@@ -109,13 +112,21 @@ def test_the_losses_of_124m_are_those_of_the_logs_and_the_means_of_none_and_moss
 
 
 def test_the_losses_of_1b_are_those_of_the_logs():
-    assert set(losses_of_seeds("1b")) >= {"`none`", "`moss`", "`moss`, again"}
+    assert set(losses_of_seeds("1b", "1b", 500)) >= {"`none`", "`moss`", "`moss`, again"}
+
+
+def test_at_1b_moss_ends_within_the_seeds_of_none():
+    table = losses_of_seeds("1b", "1b-long", 1500)
+    seeds, mean = table["`none`"]
+    assert len(seeds) == len(table["`moss`"][0]) == 5 and min(seeds) < table["`moss`"][1] < max(seeds)
+    behind = [100 * (moss / none - 1) for moss, none in zip(table["`moss`"][0], seeds)]
+    assert f"{statistics.mean(behind):.2f} ± {statistics.stdev(behind) / 5 ** 0.5:.2f}% behind" in README
 
 
 def test_the_losses_beside_the_name_of_a_log_are_those_of_that_log():
     """Of its last validations: as many as the row has numbers."""
     rows = re.findall(r"^\|.*?\| ([\d. |]+) \| `([\w-]+)` \|$", README, re.MULTILINE)
-    assert len(rows) >= 8
+    assert len(rows) >= 6
     for losses, name in rows:
         found = [f"{record['val_loss']:.4f}" for record in log_of(name) if "val_loss" in record]
         losses = losses.split(" | ")
