@@ -135,6 +135,12 @@ def do_at_step(monkeypatch, step, action):
     monkeypatch.setattr(train.Batches, "step", spy)
 
 
+def save_at_once(monkeypatch):
+    """Training waits for its checkpoints, as the end of a process does, of which a test has only one."""
+    save = train.Saver.save
+    monkeypatch.setattr(train.Saver, "save", lambda self, state: (save(self, state), self.thread.join()))
+
+
 def on_model(monkeypatch, action):
     """Calls `action(model)` on the run's model, with its initial weights, before anything is trained."""
     original = train.make_optimizer
@@ -599,6 +605,7 @@ def test_a_restart_after_a_start_in_vain_does_not_go_on_with_an_earlier_run(besi
 def test_a_run_that_torchrun_restarts_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
     more = "--fp8 moss --steps 4 --eval_every 2"
     with monkeypatch.context() as patch:
+        save_at_once(patch)
         do_at_step(patch, 2, lambda: patch.setattr(train, "forward_backward", None))   # "dies" at the fourth step
         with pytest.raises(TypeError):
             run(tiny(more))
@@ -765,6 +772,7 @@ def test_after_a_crash_and_a_resume_the_log_has_every_step_once(tiny, tmp_path, 
     def crash():
         raise MemoryError
     with monkeypatch.context() as patch:
+        save_at_once(patch)
         do_at_step(patch, 3, crash)   # step 3 is in the log, the last checkpoint is of step 2
         with pytest.raises(MemoryError):
             run(tiny("--fp8 none"))
@@ -1009,6 +1017,7 @@ def test_a_run_whose_data_are_gone_says_so(tiny, monkeypatch, no_sample):
 
 def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, no_sample, capsys):
     with monkeypatch.context() as patch:
+        save_at_once(patch)
         do_at_step(patch, 3, lambda: patch.setattr(torch, "save", full_disk))
         assert train.main(tiny("--fp8 none")) == 1   # the last checkpoint is missing
     out, err = capsys.readouterr()
@@ -1021,8 +1030,8 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path,
 
 
 def test_a_run_goes_on_when_a_checkpoint_fails_and_a_later_one_does_not(tiny, tmp_path, monkeypatch, no_sample):
-    torch_save, save = torch.save, train.Saver.save
-    monkeypatch.setattr(train.Saver, "save", lambda self, state: (save(self, state), self.thread.join()))   # at once
+    torch_save = torch.save
+    save_at_once(monkeypatch)
     do_at_step(monkeypatch, 1, lambda: monkeypatch.setattr(torch, "save", full_disk))
     do_at_step(monkeypatch, 3, lambda: monkeypatch.setattr(torch, "save", torch_save))
     assert train.main(tiny("--fp8 none")) == 0
