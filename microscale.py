@@ -26,9 +26,9 @@ so small that it turns subnormal, some 2^-14 of the row's maximum. Two things fo
 
   - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
     of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
-  - ss absorbs any s. With s = 1 the noise is the same to less than a dB (6 dB are one bit), no pass over the tensor finds
-    a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbours, and every scale
-    is a power of two. This is what `--fp8 moss` trains with.
+  - ss absorbs any s. With s = 1 the noise is the same to less than a dB (6 dB are one bit), no pass over the tensor
+    finds a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbours, and every
+    scale is a power of two. This is what `--fp8 moss` trains with.
 
 Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantise (that of RoPE in the backward pass).
 """

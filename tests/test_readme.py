@@ -75,24 +75,26 @@ def log_of(name):
     return records
 
 
-def losses_of_seeds(model, prefix, steps):
-    """Its table of final losses, which are those of the logs -> {first cell of a row: (losses of its seeds, mean)}."""
+def losses_of_seeds(runs, steps):
+    """The table of final losses of `runs`, the first part of their names, a model's. They are those of the logs.
+    -> {first cell of a row: (losses of its seeds, mean)}"""
+    model, aside = runs.split("-")[0], "sums of fprop set aside every 512 of K"
     title = rf"^\| `{model}`, {steps:,} steps \|(.*) \| mean \|\n.*\n((?:\|.*\n)+)"
     header, rows = re.search(title, README, re.MULTILINE).groups()
     seeds, table = re.findall(r"seed (\d+)", header), {}
     for row in rows.splitlines():
         what, *losses, mean = (cell.strip() for cell in row[1:-1].split("|"))
-        recipe, changed = re.match(r"`([\w-]+)`(?:, (again|sums of fprop set aside every 512 of K))?", what).groups()
+        recipe, addition = re.match(rf"`([\w-]+)`(?:, (again|{aside}))?", what).groups()
+        suffix = {None: "", "again": "-again", aside: "-aside"}[addition]
         finals = []
         for seed, loss in zip(seeds, losses, strict=True):
             if not loss:   # not run
                 continue
-            aside = "-aside" if changed and changed != "again" else ""
-            name = f"{prefix}-{recipe}{aside}-{seed}" + "-again" * (changed == "again")
+            name = f"{runs}-{recipe}{suffix}-{seed}"
             records = log_of(name)
             config, last = records[0]["config"], records[-1]
             assert (config["model"], config["fp8"], config["seed"]) == (model, recipe, int(seed)), name
-            assert records[0].get("changed") == (changed if aside else None), name
+            assert records[0].get("changed") == (aside if addition == aside else None), name
             assert last["step"] == steps and loss == f"{last['val_loss']:.4f}", name
             finals.append(last["val_loss"])
         average = sum(finals) / len(finals)
@@ -103,7 +105,7 @@ def losses_of_seeds(model, prefix, steps):
 
 def test_the_losses_of_124m_are_those_of_the_logs_and_the_means_of_none_and_moss_are_equal():
     """Within 0.3%; and the prediction of the scales of weights is never too small."""
-    table = losses_of_seeds("124m", "124m", 1500)
+    table = losses_of_seeds("124m", 1500)
     assert len(table["`none`"][0]) == len(table["`moss`"][0]) == 3
     assert abs(table["`moss`"][1] / table["`none`"][1] - 1) < 0.003
     for seed in (1337, 1338, 1339):
@@ -112,11 +114,11 @@ def test_the_losses_of_124m_are_those_of_the_logs_and_the_means_of_none_and_moss
 
 
 def test_the_losses_of_1b_are_those_of_the_logs():
-    assert set(losses_of_seeds("1b", "1b", 500)) >= {"`none`", "`moss`", "`moss`, again"}
+    assert set(losses_of_seeds("1b", 500)) >= {"`none`", "`moss`", "`moss`, again"}
 
 
 def test_at_1b_moss_ends_within_the_seeds_of_none():
-    table = losses_of_seeds("1b", "1b-long", 1500)
+    table = losses_of_seeds("1b-long", 1500)
     seeds = table["`none`"][0]
     assert len(seeds) == len(table["`moss`"][0]) == 5 and min(seeds) < table["`moss`"][1] < max(seeds)
     behind = [100 * (moss / none - 1) for moss, none in zip(table["`moss`"][0], seeds)]
