@@ -139,7 +139,7 @@ class WeightScales:
     mode      "predicted"  grow by the bound, and take the true maximum every `interval` steps (MOSS)
               "current"    true maximum after every step (just-in-time scaling)
               "delayed"    largest maximum of the last `history` steps before this one, as Transformer Engine
-                           does: quantising need not wait for a reduction, but growing weights saturate (no recipe
+                           does: quantizing need not wait for a reduction, but growing weights saturate (no recipe
                            uses it)
     interval  steps between true maxima in predicted mode; 0 = never
 
@@ -160,7 +160,7 @@ class WeightScales:
         self.scale = torch.empty(len(weights), device=weights[0].device)
         rows = history if mode == "delayed" else 0
         self.scale_history = self.scale.new_empty(rows, len(weights))  # row t % history: true scale after step t
-        self.anchor()
+        self.rescale()
 
     @torch.no_grad()
     def true_scale(self) -> torch.Tensor:
@@ -179,7 +179,7 @@ class WeightScales:
         if FP8AdamW is the optimizer, which writes the weights under the new scales; for others either order will do."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
-    def anchor(self) -> None:
+    def rescale(self) -> None:
         """Set every scale to the true one and forget the history, at the start or after loading other weights."""
         self.scale.copy_(self.true_scale())
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
@@ -195,14 +195,14 @@ class WeightScales:
             self.scale.copy_(self.scale_history.amax(dim=0))
             self.scale_history[step % len(self.scale_history)] = self.true_scale()
         elif self.measures(step):
-            self.anchor()
+            self.rescale()
         else:
             decay = abs(1 - lr * weight_decay) * WEIGHT_SLACK
             growth = lr * adam_update_bound(step, *betas) * UPDATE_SLACK / E4M3.max
             self.scale.mul_(decay).add_(growth)
 
     def state_dict(self) -> dict:
-        """A copy of the state, of fixed size. A run resumed without it would quantise with other scales."""
+        """A copy of the state, of fixed size. A run resumed without it would quantize with other scales."""
         return {"mode": self.mode, "scale": self.scale.clone(), "scale_history": self.scale_history.clone()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -223,10 +223,10 @@ class FP8AdamW(torch.optim.AdamW):
 
     Because the scale of the new weight is known before the new weight is, one pass over memory does it all: read
     p, g, m, v; write p, m, v, and W and W^T in FP8: 30 bytes per parameter. A scale that has to be measured takes
-    38: the finished weight is read again to find it, and once more to quantise.
+    38: the finished weight is read again to find it, and once more to quantize.
 
     groups   of parameters, as for AdamW; weights of layers share no group with others
-    layers   objects with `weight` (N, K) FP32 and its FP8 copies `w` (N, K) and `w_t` (K, N), Quantized, whose scale
+    layers   objects with `weight` (N, K) FP32 and its FP8 `copies`, Quantized W (N, K) and W^T (K, N), whose scale
              is a view of WeightScales.scale; that has to hold the scale of the new weights when step() is called, or
              the copies have to be made again afterwards, as train.py does at a true rescale
 
@@ -248,7 +248,7 @@ class FP8AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        copies = {layer.weight: (layer.w, layer.w_t) for layer in self.layers}
+        copies = {layer.weight: layer.copies for layer in self.layers}
         done = {}
         for group in self.param_groups:
             for p in group["params"]:

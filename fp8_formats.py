@@ -79,6 +79,14 @@ E2M1 = Format("E2M1", 2, 1, bias=1, emax=2)
 INT8 = Format("INT8", 1, 6, bias=1, emax=0, twos_complement=True)
 FORMATS = {fmt.name.lower(): fmt for fmt in (E5M2, E4M3, E3M2, E2M3, E2M1, INT8)}
 
+
+def format_of(data):
+    """Return the Format of an FP8 tensor, which its dtype tells. TypeError for any other dtype."""
+    for fmt in (E4M3, E5M2):
+        if data.dtype == fmt.dtype:
+            return fmt
+    raise TypeError(f"expected a float8_e4m3fn or float8_e5m2 tensor, got {data.dtype}")
+
 # ---------------------------------------------------------------------------------------------------
 # Exponents, exactly
 

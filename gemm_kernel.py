@@ -292,7 +292,7 @@ def quantize_for_both_sums(x, fmt, recipe):
     q = quantize(x, fmt, recipe.act_block, recipe.rule)
     if recipe.act_block == (1, ALL):     # `transpose_for_wgrad` makes X^T of it when it is needed
         return q, q
-    return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # along T from the unquantised X: rounded once
+    return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # along T from the unquantized X: rounded once
 
 
 class FP8Linear(torch.autograd.Function):
@@ -316,26 +316,26 @@ class FP8Linear(torch.autograd.Function):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
         x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
         dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
-        dy_t, x_t = transpose_for_wgrad(dy_q, x_kept, fmt) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
+        dy_t, x_t = transpose_for_wgrad(dy_q, x_kept) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
 
 
-def transpose_for_wgrad(dy, x, dy_fmt):
+def transpose_for_wgrad(dy, x):
     """Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale per tensor.
 
     dW[n, k] = sum_t s_dy[t] s_x[t] dY[t, n] X[t, k]: the scales of a token cannot leave a sum over tokens. Their
     product, taken relative to its largest, is multiplied into dY^T, exactly as long as the result is normal: only
     numbers of about 2^-14 of the largest possible, or less, lose bits. X^T is X transposed, unchanged.
 
-    This reads and writes FP8 twice, 93 us for 16384 x 4096 together with the quantiser. Writing rows and columns from
+    This reads and writes FP8 twice, 93 us for 16384 x 4096 together with the quantizer. Writing rows and columns from
     one reading of BF16 would need the largest scale before the first token is read; a kernel that reads a slab of
     tokens twice, the second time out of the L2 cache, took 99 us for it.
     """
     scale = dy.scale * x.scale                                    # (T, 1)
     common = scale.amax().clamp(min=MIN_SCALE).view(1, 1)
-    dy_t = Quantized(transpose(dy.data, scale / common, dy_fmt), common, (ALL, ALL))
+    dy_t = Quantized(transpose(dy.data, scale / common), common, (ALL, ALL))
     return dy_t, Quantized(transpose(x.data), torch.ones_like(common), (ALL, ALL))
 
 
@@ -461,7 +461,7 @@ def show_times():
 -> error: of the FP32 output against float64, on the same FP8 operands. With scales outside the sum the main loop is
    tensor-core work alone. Scales inside multiply every partial product of 32 or 128 by FP32 instructions, which take
    about as long as the 32 or 128 products themselves, and the tensor cores wait. Folding (microscale.py) takes no time
-   here: what it does is done when the operand is quantised.""")
+   here: what it does is done when the operand is quantized.""")
 
 
 if __name__ == "__main__":

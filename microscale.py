@@ -3,7 +3,7 @@ Scales: how a tensor becomes FP8. The recipes, and MOSS's two-level microscaling
 
     python microscale.py [--plot FILE.png]   # tables; the picture of the first one needs matplotlib
 
-A quantiser stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
+A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
 that a matrix product will sum over. The recipes differ in how many elements share one scale:
 
     recipe   activations X, gradients dY        weights                      stands for
@@ -13,7 +13,7 @@ that a matrix product will sum over. The recipes differ in how many elements sha
     moss     FP32 global x E8M0 per 1 x 32,     FP32 per tensor, predicted   MOSS, arXiv 2511.05811
              folded into one per row            (autoscale.py)
 
-E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) gives each block i of 32 neighbours along C
+E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) gives each block i of 32 neighbors along C
 the scale s_i = max|X_i| / 448, and splits that into a global and a local part:
 
     s = max_i s_i  (FP32, per tensor or row)    ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
@@ -27,10 +27,10 @@ so small that it turns subnormal, some 2^-14 of the row's maximum. Two things fo
   - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
     of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
   - ss absorbs any s. With s = 1 the noise is the same to less than a dB (6 dB are one bit), no pass over the tensor
-    finds a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbours, and every
+    finds a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbors, and every
     scale is a power of two. This is what `--fp8 moss` trains with.
 
-Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantise (that of RoPE in the backward pass).
+Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantize (that of RoPE in the backward pass).
 """
 
 import argparse
@@ -42,7 +42,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, INT8, cast, floor_log2, picture, pow2, round_to_format, uncast
+from fp8_formats import E4M3, INT8, cast, floor_log2, format_of, picture, pow2, round_to_format, uncast
 
 try:
     import triton
@@ -56,7 +56,7 @@ MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a quantised tensor is
+# What a quantized tensor is
 
 @dataclass
 class Quantized:
@@ -96,7 +96,7 @@ def block_amax(x, block):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Which scale a block gets, and the quantiser
+# Which scale a block gets, and the quantizer
 
 def scale_from_amax(amax, fmt, rule):
     """The float32 scale of blocks with this max|x|; NaN for a block that holds Inf or NaN.
@@ -149,12 +149,12 @@ def stores_e8m0(block, rule):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the linear layers of a model quantise. `current`, `predicted`: see autoscale.py."""
+    """How the linear layers of a model quantize. `current`, `predicted`: see autoscale.py."""
     name: str
     act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
     weight_block: tuple
     rule: str                 # of activations and gradients, and of weights with weight_scale "block"
-    weight_scale: str         # "block": measured at each quantisation | "current" | "predicted"
+    weight_scale: str         # "block": measured at each quantization | "current" | "predicted"
     grad_format: str = "e4m3"
 
     def __post_init__(self):
@@ -194,7 +194,7 @@ def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(A
     return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
 
 
-def fold(q, fmt=E4M3):
+def fold(q):
     """Two-level Quantized -> one scale per row, s times a power of two. Exact while the folded number is normal.
 
     No recipe calls it: rounding under the row's scale, in one step, gives the same numbers where they are normal, and
@@ -202,7 +202,7 @@ def fold(q, fmt=E4M3):
     """
     ss = q.scale.float()
     row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
-    data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), fmt)
+    data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), format_of(q.data))
     return Quantized(data, row if q.global_scale is None else row * q.global_scale, (1, ALL))
 
 
@@ -213,13 +213,13 @@ def fold_loss(x, fmt=E4M3, block=32):
     return (change != 0).float().mean(), change.square().sum() / x.float().square().sum().clamp(min=1e-38)
 
 
-def saturated_share(x, q, fmt=E4M3):
+def saturated_share(x, q):
     """Share of the values of x (R, C) that lie beyond the largest number their block can hold."""
-    limit = fmt.max * expand_blocks(q.scale.float(), x.shape, q.block) * (1 + 2**-20)  # the scale itself is rounded
+    limit = format_of(q.data).max * expand_blocks(q.scale.float(), x.shape, q.block) * (1 + 2**-20)  # the scale itself is rounded
     return (x.abs().float() > limit).float().mean()
 
 
-def transpose_reference(q, row_factor=None, fmt=E4M3):
+def transpose_reference(q, row_factor=None):
     """FP8 data (R, C) -> (C, R). `row_factor` (R, 1), powers of two <= 1, is multiplied in on the way.
 
     The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): a row scale cannot leave a sum that runs
@@ -227,12 +227,12 @@ def transpose_reference(q, row_factor=None, fmt=E4M3):
     the result is normal; below, it is rounded to nearest even, once.
     """
     if row_factor is not None:
-        q = to_grid(uncast(q) * row_factor, fmt)
+        q = cast(uncast(q) * row_factor, format_of(q))
     return q.t().contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------
-# What comes before a linear layer, and its quantiser, as one operation
+# What comes before a linear layer, and its quantizer, as one operation
 
 NORM_EPS = 1e-5
 NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear layer reads
@@ -243,7 +243,7 @@ NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear laye
 
 
 def norm_rows_reference(x, kind, weight=None, fmt=E4M3):
-    """x (R, C) -> Quantized with a power of two per row: the norm in float32, then the quantiser of `moss`."""
+    """x (R, C) -> Quantized with a power of two per row: the norm in float32, then the quantizer of `moss`."""
     weight = None if weight is None else weight.float()
     return quantize_reference(NORMS[kind](x.float(), weight), fmt, (1, ALL), "up")
 
@@ -386,11 +386,9 @@ def rope_backward(dq, dk, dv, cos, sin):
     return rope_backward_reference(dq, dk, dv, cos, sin)
 
 
-def transpose(q, row_factor=None, fmt=E4M3):
+def transpose(q, row_factor=None):
     """FP8 data (R, C) -> (C, R), as `transpose_reference`."""
-    if has_fp8_tensor_cores(q.device) and fmt.dtype is not None:
-        return transpose_triton(q, row_factor, fmt)
-    return transpose_reference(q, row_factor, fmt)
+    return (transpose_triton if has_fp8_tensor_cores(q.device) else transpose_reference)(q, row_factor)
 
 
 def cdiv(a, b):   # Triton's own cdiv and next_power_of_2 take the host microseconds, at every launch
@@ -729,12 +727,12 @@ if HAS_TRITON:
             q = to_fp8(q.to(tl.float32) * factor[:, None], IS_E4M3)
         tl.store(out_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
-    def transpose_triton(q, row_factor=None, fmt=E4M3):
+    def transpose_triton(q, row_factor=None):
         R, C = q.shape
         out = torch.empty(C, R, device=q.device, dtype=q.dtype)
         grid = (cdiv(R, 64), cdiv(C, 256))
         _transpose_kernel[grid](q.contiguous(), row_factor, out, R, C, HAS_FACTOR=row_factor is not None,
-                                IS_E4M3=fmt is E4M3, BLOCK_R=64, BLOCK_C=256, num_warps=8)
+                                IS_E4M3=format_of(q) is E4M3, BLOCK_R=64, BLOCK_C=256, num_warps=8)
         return out
 
 
@@ -764,10 +762,10 @@ def sqnr(x, approximation, group=None):
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
 
 
-QUANTISERS = {name: lambda x, fmt=E4M3, recipe=recipe: quantize_reference(x, fmt, recipe.act_block, recipe.rule)
+QUANTIZERS = {name: lambda x, fmt=E4M3, recipe=recipe: quantize_reference(x, fmt, recipe.act_block, recipe.rule)
               for name, recipe in RECIPES.items() if recipe}
-QUANTISERS["two-level"] = quantize_two_level
-QUANTISERS["s = 1"] = lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)
+QUANTIZERS["two-level"] = quantize_two_level
+QUANTIZERS["s = 1"] = lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)
 
 
 def synthetic_data():
@@ -809,8 +807,8 @@ def real_data(steps=120, batch=4, T=64, d=256):
 
 
 def move(x):
-    """X (R, C), quantised per row as `moss` does, -> X^T (C, R) under one scale: the scaling-aware transpose."""
-    q = QUANTISERS["moss"](x)
+    """X (R, C), quantized per row as `moss` does, -> X^T (C, R) under one scale: the scaling-aware transpose."""
+    q = QUANTIZERS["moss"](x)
     common = q.scale.amax().view(1, 1)
     return Quantized(transpose_reference(q.data, q.scale / common), common, (ALL, ALL))
 
@@ -822,27 +820,27 @@ def score(x, q):
 TABLES = [("""\
 1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a small
    transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
-           {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTISERS.items()}, """\
+           {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTIZERS.items()}, """\
 A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor pushes
    into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else; s = 1 moves a line
    by a fraction of a dB. moss, folded to a scale per row, rescues what is small in its row only in part. FP32 scales
    store a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
           ("2. The same with a uniform element, an 8-bit integer",
-           {n: lambda x, q=QUANTISERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
+           {n: lambda x, q=QUANTIZERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
 An integer has no exponent: a scale that fits its block is precision. Of the tensor, MOSS's Theorem 1 (tensor < group <
    two-level) holds where sizes differ much inside a group: outlier channels, X of down, dY of gate_up. Elsewhere
    rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3, of the tensor
    again, it holds nowhere."""),
           ("""\
 3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes: "once" from
-   X, "twice" from the quantised X, which is quantised again, "moved" its FP8 numbers, brought to one scale""",
+   X, "twice" from the quantized X, which is quantized again, "moved" its FP8 numbers, brought to one scale""",
            {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
             "moved": lambda x: score(x.t(), move(x)),
-            "2^k, twice": lambda x, q=QUANTISERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
-            "FP32, once": lambda x, q=QUANTISERS["group"]: score(x.t(), q(x.t())),
-            "FP32, twice": lambda x, q=QUANTISERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
+            "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
+            "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
+            "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
 Folding changes values of about 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that counts.
-   FP32 scales along both axes mean two grids: X^T from the quantised X costs some 2 dB or more on real tensors. Powers
+   FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on real tensors. Powers
    of two share one grid. So does moved, the scaling-aware transpose, in FP8 alone; tokens 10^4 smaller lose bits.""")]
 
 
@@ -851,7 +849,7 @@ def plot_sqnr(data, path):
     with picture(path, xticks=range(len(data)), xticklabels=names, ylim=(20, 38),
                  ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32") as axes:
         for i, name in enumerate(("tensor", "group", "mx", "moss")):
-            pairs = [(x, QUANTISERS[name](x).dequantize()) for x in data.values()]
+            pairs = [(x, QUANTIZERS[name](x).dequantize()) for x in data.values()]
             bars = torch.arange(len(data)) + 0.2 * i - 0.3
             axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
             axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
@@ -867,15 +865,15 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     angles = torch.randn(2, T // 8, 64, device="cuda").unbind()
     dq, dk, dv = (z.contiguous() for z in qkv.chunk(3, dim=2))
     kernels = {  # name: (function, bytes it has to move)
-        "quantise rows": (lambda: quantize(x, E4M3, (1, ALL), "up"), 3 * T * d),
-        "quantise 1 x 128": (lambda: quantize(x, E4M3, (1, 128), "fp32"), 3 * T * d),
-        "RMSNorm, quantise rows": (lambda: norm_rows(x, "rms", row), 3 * T * d),
-        "LayerNorm, quantise rows": (lambda: norm_rows(x, "layer"), 3 * T * d),
+        "quantize rows": (lambda: quantize(x, E4M3, (1, ALL), "up"), 3 * T * d),
+        "quantize 1 x 128": (lambda: quantize(x, E4M3, (1, 128), "fp32"), 3 * T * d),
+        "RMSNorm, quantize rows": (lambda: norm_rows(x, "rms", row), 3 * T * d),
+        "LayerNorm, quantize rows": (lambda: norm_rows(x, "layer"), 3 * T * d),
         "RoPE of q and k, in place": (lambda: rope_(qkv[:, :, :-d // 128], *angles), 8 * T * d),
-        "RoPE backward, quantise rows": (lambda: rope_backward(dq, dk, dv, *angles), 9 * T * d),
-        "SwiGLU, quantise rows": (lambda: swiglu_rows(h), 7 * T * ffn),
-        "SwiGLU backward, quantise rows": (lambda: swiglu_backward(h_q, da), 6 * T * ffn),
-        "quantise X and X^T, scale given": (lambda: quantize_both(x, E4M3, scale), 4 * T * d),
+        "RoPE backward, quantize rows": (lambda: rope_backward(dq, dk, dv, *angles), 9 * T * d),
+        "SwiGLU, quantize rows": (lambda: swiglu_rows(h), 7 * T * ffn),
+        "SwiGLU backward, quantize rows": (lambda: swiglu_backward(h_q, da), 6 * T * ffn),
+        "quantize X and X^T, scale given": (lambda: quantize_both(x, E4M3, scale), 4 * T * d),
         "FP8 X to X^T, a factor per row": (lambda: transpose(q.data, factor), 2 * T * d)}
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")

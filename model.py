@@ -9,12 +9,12 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
     logits = head(norm(x))
 
 The four linear layers of a block hold 94% of the parameters of OLMo-7B and do 93% of its arithmetic: they
-are what a recipe quantises. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU); the weights that
+are what a recipe quantizes. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU); the weights that
 the optimizer sees are FP32.
 
 `moss` computes a block in three pieces, each with its own backward pass (below: "The dataflow of moss"), so that most
 numbers become FP8 in the kernel that makes them, and only FP8 waits for the backward pass where FP8 will do.
-The other recipes quantise what PyTorch's norm, attention and SwiGLU hand to each linear layer.
+The other recipes quantize what PyTorch's norm, attention and SwiGLU hand to each linear layer.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class ModelConfig:
         return (self.kv_heads or self.heads) * self.head_dim
 
 
-RECOMPUTE = ("none", "act", "block")
+RECOMPUTE = ("none", "block")
 
 PRESETS = {
     "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384),
@@ -98,20 +98,34 @@ class Linear(nn.Module):
                                  f"needs to tile it: change d, ffn or the heads, or train with --fp8 none")
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.name, self.recipe = name, recipe
-        self.w = self.w_t = None   # FP8 copies of the weight, `quantize_weight`, one per optimizer step
+        self.copies = self.made_of = None   # FP8 W and W^T, made once per optimizer step, and of which weight
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
         self.health = None         # a dict while the health of this layer's scales is being watched
         self.register_load_state_dict_post_hook(Linear.forget_copies)
 
     def forget_copies(self, _=None):
         """They are those of other weights now: the model asks for `requantize`."""
-        self.w = self.w_t = None
+        self.copies = None
 
     def requantize(self, scale=None):
         """Makes the FP8 copies from the master weight; `scale` () float32 for recipes with one per tensor."""
         if self.recipe:
             scale = None if scale is None else scale.detach().view(1, 1)
-            self.w, self.w_t = quantize_weight(self.weight.detach(), self.recipe, scale)
+            self.set_copies(quantize_weight(self.weight.detach(), self.recipe, scale))
+
+    def set_copies(self, copies):
+        """Takes FP8 (W, W^T) as those of the weight as it is now."""
+        self.copies, self.made_of = copies, (self.weight.data_ptr(), self.weight._version)
+
+    def current_copies(self):
+        """Returns FP8 (W, W^T). RuntimeError if the weight has changed since they were made."""
+        if self.copies is None or self.made_of != (self.weight.data_ptr(), self.weight._version):
+            raise RuntimeError(f"layer {self.name}: its weight has no FP8 copies, or has changed since they were made: "
+                               f"call requantize() of each of model.linears() after every change of weights")
+        return self.copies
+
+    w = property(lambda self: self.current_copies()[0])     # (out, in), for fprop
+    w_t = property(lambda self: self.current_copies()[1])   # (in, out), for dgrad
 
     def forward(self, x):
         if not self.recipe:
@@ -130,7 +144,7 @@ class Linear(nn.Module):
         x = make(x.detach().reshape(-1, x.shape[-1])[:WATCHED].float())
         fmt = FORMATS[self.recipe.grad_format] if suffix else E4M3
         x_q = quantize(x, fmt, self.recipe.act_block, self.recipe.rule)
-        self.health["saturated" + suffix] = saturated_share(x, x_q, fmt)
+        self.health["saturated" + suffix] = saturated_share(x, x_q)
         if self.recipe.act_block == (1, ALL):
             self.health["folded" + suffix] = fold_loss(x, fmt)[0]
 
@@ -200,15 +214,15 @@ def norm_backward(dy, x, weight, kind, d_residual):
 
     In float32. RMSNorm subtracts no mean: there mean and mean(g) are 0.
     """
-    dtype, centred = dy.dtype, kind == "layer"
+    dtype, centered = dy.dtype, kind == "layer"
     x, dy = x.float(), dy.float()
-    x = x - x.mean(-1, keepdim=True) if centred else x
+    x = x - x.mean(-1, keepdim=True) if centered else x
     inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     x_hat = x * inverse
     d_weight = None if weight is None else (dy * x_hat).sum(0)
     g = dy if weight is None else dy * weight.to(dtype).float()   # the forward pass rounds it, too
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-    dx = dx - g.mean(-1, keepdim=True) if centred else dx
+    dx = dx - g.mean(-1, keepdim=True) if centered else dx
     return (dx * inverse + d_residual.float()).to(dtype), d_weight
 
 
@@ -222,7 +236,7 @@ def linear_backward(dy_q, x_q, layer, dtype):
     if not layer.weight.requires_grad:
         return dx, None
     grad = layer.weight.grad if layer.accumulates else None
-    dw = matmul(*transpose_for_wgrad(dy_q, x_q, E4M3), layer.weight.dtype, promote=True, add=grad, out=grad)
+    dw = matmul(*transpose_for_wgrad(dy_q, x_q), layer.weight.dtype, promote=True, add=grad, out=grad)
     return dx, dw if grad is None else None
 
 
@@ -423,7 +437,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.d)
         self.blocks = nn.ModuleList(Block(config, self.recipe, f"blocks.{i}", recompute) for i in range(config.layers))
         self.norm = Norm(config)
-        self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantised
+        self.head = Linear(config.d, config.vocab, None, "head")   # no recipe: never quantized
         if config.tied:
             self.head.weight = self.embed.weight
         self.rope = rope_table(config.seq, config.head_dim, config.rope_theta)   # no buffers: DDP would send them
@@ -440,7 +454,7 @@ class Transformer(nn.Module):
             nn.init.normal_(layer.weight, std=0.02 / (2 * self.config.layers) ** 0.5 if writes_residual else 0.02)
 
     def linears(self):
-        """The linear layers of the blocks, which the recipe quantises, in the order of the forward pass."""
+        """The linear layers of the blocks, which the recipe quantizes, in the order of the forward pass."""
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None, caches=None):
@@ -454,8 +468,6 @@ class Transformer(nn.Module):
             raise ValueError(f"{start + T} tokens: this model reads at most {self.config.seq}, its config.seq")
         if start and T > 1:
             raise ValueError(f"{T} tokens after {start} in the cache: they would see each other; pass one at a time")
-        if self.recipe and self.blocks[0].qkv.w is None:
-            raise RuntimeError(f"--fp8 {self.recipe} has no FP8 weights yet: requantize each of model.linears()")
         if self.rope[0].device != tokens.device:
             self.rope = tuple(table.to(tokens.device) for table in self.rope)
         cos, sin = (table[start:start + T] for table in self.rope)
@@ -489,7 +501,7 @@ class Transformer(nn.Module):
 # Counting
 
 def parameter_count(c):
-    """(parameters in the quantised linear layers, all parameters)."""
+    """(parameters in the quantized linear layers, all parameters)."""
     linear = c.layers * (c.d * (c.d + 2 * c.kv_dim) + c.d * c.d + 3 * c.d * c.ffn)
     norms = (2 * c.layers + 1) * c.d if c.norm == "rms" else 0
     return linear, linear + norms + c.vocab * c.d * (1 if c.tied else 2)
@@ -509,7 +521,7 @@ def memory(c, fp8, tokens, element=2, recompute="none", ranks=1):
     """Bytes of a training step over this many tokens, by use; `element` bytes per BF16 activation.
 
     Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. With ranks > 1 (train.py
-    --shard) a rank keeps its share of the moments and of the quantised layers' FP32 weights. `copies` are what the
+    --shard) a rank keeps its share of the moments and of the quantized layers' FP32 weights. `copies` are what the
     matrix products read: W and W^T in FP8, or W in BF16. `activations` are what waits for the backward pass:
 
         all, in BF16               block input d; q, k and v d + 2 kv; attention output d; input of the second half d

@@ -520,7 +520,7 @@ def numerics(fp8, device):
     if has_fp8_tensor_cores(device):
         return f"FP8 kernels on {name}, training and evaluation alike"
     why = "Triton is not installed" if device.type == "cuda" and not HAS_TRITON else "no FP8 kernels for it"
-    return f"FP8 emulated on {name} ({why}): quantise, dequantise, multiply; training and evaluation alike"
+    return f"FP8 emulated on {name} ({why}): quantize, dequantize, multiply; training and evaluation alike"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -722,9 +722,9 @@ def make_model(c, device, vocab=None):
 
 
 def make_optimizer(model, c, shards=None):
-    """AdamW in the same groups under every recipe: quantised weights, other matrices, and norms without decay."""
+    """AdamW in the same groups under every recipe: quantized weights, other matrices, and norms without decay."""
     layers = {layer.weight: layer for layer in model.linears()}
-    kinds = [], [], []   # quantised weights, other matrices, norms
+    kinds = [], [], []   # quantized weights, other matrices, norms
     for p in model.parameters():
         if shards is None or shards.mine(p):
             kinds[0 if p in layers else 1 if p.dim() >= 2 else 2].append(p)
@@ -759,7 +759,7 @@ class Shards:
     """ZeRO stage 1 by whole parameters: each has one rank that owns its FP32 weights and moments and takes its steps.
 
         after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner while the backward pass goes on
-        after the step   quantised weights: W in FP8 from the owner to all, each of which makes its W^T of it;
+        after the step   quantized weights: W in FP8 from the owner to all, each of which makes its W^T of it;
                          embedding, head and norms in BF16 (FP32 on a CPU), in which the model computes with them
 
     Scales are predicted, by the same arithmetic on all ranks: only where they are measured are they exchanged.
@@ -1100,7 +1100,7 @@ def restore_scales(state, scales, c):
         if state["config"]["fp8"] == c.fp8:
             scales.load_state_dict(state["scales"])
         if state["config"]["fp8"] != c.fp8 or all_max(-scales.headroom().min()) > -1:   # all ranks or none
-            scales.anchor()
+            scales.rescale()
 
 
 def restore_training(state, model, optimizer, scales, c, read, say):
@@ -1314,7 +1314,7 @@ def train(config):
 # ---------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show
 
-def restore_quantised(state, model, c):
+def restore_quantized(state, model, c):
     """The weights of a checkpoint, and what the recipe of this model makes of them."""
     restore_weights(state, model)
     scales = make_scales(model, make_optimizer(model, c), c)
@@ -1328,7 +1328,7 @@ def report(c, ranks):
     model, _, batches = build(c, device)
     path, state = load_checkpoint(Path(c.out), model.config, say)
     note_changes(state, c, ("fp8", "data", "seq"), say)   # of a sample, too: the data say whether tokens are text
-    restore_quantised(state, model, c)
+    restore_quantized(state, model, c)
     if c.eval_only:
         loss = evaluate(model, batches, ranks)
         say(f"{path}: step {state['step']}, validation loss {loss:.4f}, perplexity "
@@ -1342,7 +1342,7 @@ def compare(c, ranks):
 
     Runs that differ in rounding alone drift apart, and then chance has a part in their losses; here it has none. The
     error of a gradient is ||g - g_first|| / ||g_first||, where g_first is that of the first recipe: over all parameters
-    and over each kind of quantised layer. To compare it with: how far the gradient of one micro-batch is from the mean.
+    and over each kind of quantized layer. To compare it with: how far the gradient of one micro-batch is from the mean.
     """
     if ranks.world > 1:
         raise UserError(f"--eval-only --fp8 {c.fp8}: {ranks.world} ranks cannot share it, run it without torchrun")
@@ -1353,7 +1353,7 @@ def compare(c, ranks):
     kinds, first = {"gradient": "", "qkv": ".qkv.", "out": ".out.", "gate_up": ".gate_up.", "down": ".down."}, None
     for recipe in recipes:
         model = model or make_model(recipe, ranks.device, batches.vocab)   # the first is there
-        restore_quantised(state, model, recipe)
+        restore_quantized(state, model, recipe)
         loss, gradient, deviation = mean_gradient(model, batches, ranks.device)
         if first is None:
             first = gradient

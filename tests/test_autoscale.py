@@ -204,7 +204,7 @@ def test_the_bound_survives_fp32_adam_on_the_worst_case(capturable):
     for step, gradient in enumerate(worst_case_gradients(150, *betas), start=1):
         weight.grad = gradient.float().reshape(1).to(weight.device)
         weight.data.zero_()
-        scales.anchor()
+        scales.rescale()
         optimizer.step()
         scales.update(1.0, betas, 0.0, step)
         assert_below_scale([weight], scales)

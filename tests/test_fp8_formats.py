@@ -55,7 +55,7 @@ def random_bits(dtype, count=200_000):
 
 
 def ties(fmt):
-    """The midpoints between neighbours, and the neighbours: (low, tie, high), exact in float32"""
+    """The midpoints between neighbors, and the neighbors: (low, tie, high), exact in float32"""
     low, high = grid(fmt)[:-1], grid(fmt)[1:]
     return low, (low + high) / 2, high
 
@@ -244,7 +244,7 @@ def test_ties_go_to_even_codes(fmt, device):
 
 @for_devices
 @for_formats(ALL)
-def test_the_float32_neighbours_of_a_tie_go_to_the_nearer_side(fmt, device):
+def test_the_float32_neighbors_of_a_tie_go_to_the_nearer_side(fmt, device):
     low, tie, high = (t.to(device) for t in ties(fmt))
     assert_same(round_to_format(torch.nextafter(tie, low), fmt), low)
     assert_same(round_to_format(torch.nextafter(tie, high), fmt), high)
@@ -310,7 +310,7 @@ def test_stochastic_rounding_repeats_with_its_seed(device):
 
 
 @for_formats(ALL)
-def test_stochastic_rounding_picks_both_neighbours_and_nothing_else(fmt):
+def test_stochastic_rounding_picks_both_neighbors_and_nothing_else(fmt):
     low, tie, high = ties(fmt)
     draws = torch.stack([stochastic(tie, fmt, seed) for seed in range(64)])
     assert ((draws == low) | (draws == high)).all()

@@ -20,7 +20,7 @@ VARIANTS = {"tensor": ((ALL, ALL), (ALL, ALL), "fp32"), "moss": ((1, ALL), (ALL,
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-def quantised_pair(M, N, K, variant, fmt_b=E4M3):
+def quantized_pair(M, N, K, variant, fmt_b=E4M3):
     torch.manual_seed(M * N + K)
     block_a, block_b, rule = VARIANTS[variant]
     a = quantize_reference(torch.randn(M, K, device=DEVICE), E4M3, block_a, rule)
@@ -36,7 +36,7 @@ def quantised_pair(M, N, K, variant, fmt_b=E4M3):
 @pytest.mark.parametrize("M, N, K", [(1, 1, 16), (1, 3, 32), (64, 64, 128), (100, 200, 272), (17, 130, 1040)])
 @pytest.mark.parametrize("promote", [False, True], ids=["fast", "promoted"])
 def test_kernel_equals_float64_on_the_same_fp8_operands(variant, M, N, K, promote):
-    a, b, exact = quantised_pair(M, N, K, variant)
+    a, b, exact = quantized_pair(M, N, K, variant)
     # the tensor core keeps about 14 bits of a running sum, which costs 5e-4 at K = 1040; the interpreter sums in FP32
     tolerance = 1e-3 if DEVICE == "cuda" else 1e-6
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < tolerance
@@ -45,7 +45,7 @@ def test_kernel_equals_float64_on_the_same_fp8_operands(variant, M, N, K, promot
 @needs_triton
 @pytest.mark.parametrize("M, N", [(3, 5), (70, 200)])
 def test_setting_partial_sums_aside_loses_nothing(M, N):
-    a, b, exact = quantised_pair(M, N, 5 * 2048 + 48, "moss")   # five times, and a rest
+    a, b, exact = quantized_pair(M, N, 5 * 2048 + 48, "moss")   # five times, and a rest
     tolerance = 1e-3 if DEVICE == "cuda" else 1e-6              # of 2048 terms in the tensor core; FP32 elsewhere
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote=True), exact) < tolerance
 
@@ -54,7 +54,7 @@ def test_setting_partial_sums_aside_loses_nothing(M, N):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("M, N", [(1, 1), (50, 36), (17, 130), (140, 264)])   # rows that TMA can write, and others
 def test_a_residual_is_added_before_the_result_is_rounded(M, N, dtype):
-    a, b, exact = quantised_pair(M, N, 256, "moss")
+    a, b, exact = quantized_pair(M, N, 256, "moss")
     residual = 100 * torch.randn(M, N, device=DEVICE, dtype=dtype)
     got = gk.matmul_triton(a, b, torch.float32, add=residual)
     assert gk.relative_error(got, exact + residual.double()) < 1e-4
@@ -67,7 +67,7 @@ def test_a_residual_is_added_before_the_result_is_rounded(M, N, dtype):
 def test_products_of_micro_batches_accumulate_in_float32_in_place(variant, multiply):
     gradient, total = torch.zeros(40, 72, device=DEVICE), torch.zeros(40, 72, dtype=torch.float64, device=DEVICE)
     for K in (32, 64, 128):
-        a, b, exact = quantised_pair(40, 72, K, variant)
+        a, b, exact = quantized_pair(40, 72, K, variant)
         assert multiply(a, b, torch.float32, promote=True, add=gradient, out=gradient) is gradient
         total += exact
     tolerance = 3e-3 if DEVICE == "cuda" else 1e-6   # per 32 multiplies in BF16 on a GPU and rounds each product
@@ -77,7 +77,7 @@ def test_products_of_micro_batches_accumulate_in_float32_in_place(variant, multi
 @needs_triton
 @pytest.mark.parametrize("name", ["add", "out"])
 def test_what_is_added_to_must_have_the_shape_of_the_product(name):
-    a, b, _ = quantised_pair(16, 32, 64, "moss")
+    a, b, _ = quantized_pair(16, 32, 64, "moss")
     with pytest.raises(ValueError, match=rf"{name} has shape \(32, 16\).*\(16, 32\) is needed"):
         gk.matmul_triton(a, b, torch.float32, **{name: torch.zeros(32, 16, device=DEVICE)})
 
@@ -85,7 +85,7 @@ def test_what_is_added_to_must_have_the_shape_of_the_product(name):
 @needs_triton
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
 def test_kernel_multiplies_e4m3_with_either_format(fmt):
-    a, b, exact = quantised_pair(48, 80, 256, "moss", fmt)
+    a, b, exact = quantized_pair(48, 80, 256, "moss", fmt)
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32), exact) < 1e-3
 
 
@@ -94,7 +94,7 @@ def test_kernel_multiplies_e4m3_with_either_format(fmt):
 @pytest.mark.parametrize("promote", [False, True], ids=["fast", "promoted"])
 def test_the_largest_tiles_fit_into_shared_memory_with_float32_output(variant, promote):
     M, N = (2100, 4200) if DEVICE == "cuda" else (140, 300)   # enough tiles of 128 x 256 for every SM, ragged
-    a, b, exact = quantised_pair(M, N, 272, variant)
+    a, b, exact = quantized_pair(M, N, 272, variant)
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote), exact) < 1e-3
     residual = torch.randn(M, N, device=DEVICE)
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32, promote, residual), exact + residual) < 1e-3
@@ -102,13 +102,13 @@ def test_the_largest_tiles_fit_into_shared_memory_with_float32_output(variant, p
 
 @pytest.mark.gpu   # the interpreter cuts bits off where a GPU rounds to BF16
 def test_bf16_output_is_the_float32_output_rounded_once():
-    a, b, _ = quantised_pair(70, 90, 256, "moss")
+    a, b, _ = quantized_pair(70, 90, 256, "moss")
     assert torch.equal(gk.matmul_triton(a, b, torch.bfloat16), gk.matmul_triton(a, b, torch.float32).bfloat16())
 
 
 @pytest.mark.gpu
 def test_promotion_holds_the_error_at_k_16384_that_fast_accumulation_loses():
-    a, b, exact = quantised_pair(512, 512, 16384, "tensor")
+    a, b, exact = quantized_pair(512, 512, 16384, "tensor")
     fast, promoted = (gk.relative_error(gk.matmul_triton(a, b, torch.bfloat16, p), exact) for p in (False, True))
     assert promoted < 2e-3 < fast   # BF16 rounding of the output alone is 1.66e-3
 
@@ -209,27 +209,27 @@ def test_k_that_the_memory_accelerator_cannot_move_is_refused_with_the_fix():
 
 @needs_triton
 def test_operands_of_different_k_are_refused_by_the_kernel():
-    a, b = (quantised_pair(16, 16, K, "tensor")[0] for K in (32, 64))
+    a, b = (quantized_pair(16, 16, K, "tensor")[0] for K in (32, 64))
     with pytest.raises(ValueError, match="K = 32 and 64"):
         gk.matmul_triton(a, b)
 
 
 @needs_triton
 def test_the_kernel_takes_operands_of_any_strides():
-    a, b, exact = quantised_pair(32, 48, 64, "moss")
+    a, b, exact = quantized_pair(32, 48, 64, "moss")
     a.data, a.scale = a.data.t().contiguous().t(), a.scale.repeat(1, 3)[:, :1]
     assert gk.relative_error(gk.matmul_triton(a, b, torch.float32), exact) < 1e-3
 
 
 def test_a_sum_is_kept_in_the_dtype_of_what_it_is_written_to():
-    a, b, exact = quantised_pair(16, 32, 64, "moss")
+    a, b, exact = quantized_pair(16, 32, 64, "moss")
     total = torch.full((16, 32), 1e3, device=DEVICE)
     gk.matmul(a, b, add=total, out=total)
     assert gk.relative_error(total, exact + 1e3) < 1e-5   # in BF16, the default, it would be 2e-3
 
 
 def test_torch_scaled_mm_agrees_on_scales_per_tensor():
-    a, b, _ = quantised_pair(32, 64, 96, "tensor")
+    a, b, _ = quantized_pair(32, 64, 96, "tensor")
     theirs = torch._scaled_mm(a.data, b.data.t(), a.scale.view(()), b.scale.view(()), out_dtype=torch.bfloat16)
     # two roundings to BF16 of sums that were taken in another order
     assert gk.relative_error(gk.matmul(a, b, torch.bfloat16), theirs.double()) < 4e-3
@@ -258,7 +258,7 @@ def run_linear(name, x, weight, copies, dy):
 
 @pytest.mark.parametrize("name", FP8_RECIPES)
 @pytest.mark.parametrize("T, N, K", [(64, 96, 128), (48, 32, 272), (16, 144, 80)])
-def test_output_and_each_gradient_are_close_to_the_unquantised_layer(name, T, N, K):
+def test_output_and_each_gradient_are_close_to_the_unquantized_layer(name, T, N, K):
     x, weight, copies, dy = linear_case(name, T, N, K)
     got = run_linear(name, x, weight, copies, dy)
     X, W, dY = (t.detach().double() for t in (x, weight, dy))
@@ -271,19 +271,19 @@ def test_output_and_each_gradient_are_close_to_the_unquantised_layer(name, T, N,
 
 @pytest.mark.parametrize("name", FP8_RECIPES)
 @pytest.mark.parametrize("T, N, K", [(64, 96, 128), (48, 32, 272), (16, 144, 80)])
-def test_each_product_is_exact_on_the_operands_as_quantised(name, T, N, K):
+def test_each_product_is_exact_on_the_operands_as_quantized(name, T, N, K):
     """tensor and moss use one FP8 copy of X and of dY for all products, group and mx one for each axis."""
     x, weight, (w, w_t), dy = linear_case(name, T, N, K)
     got = run_linear(name, x, weight, (w, w_t), dy)
     recipe = RECIPES[name]
 
-    def quantised(z, fmt=E4M3):
+    def quantized(z, fmt=E4M3):
         return quantize_reference(z.detach(), fmt, recipe.act_block, recipe.rule).dequantize().double()
 
     fmt, once = gk.FORMATS[recipe.grad_format], name in ("tensor", "moss")
-    dY, W, W_t = quantised(dy, fmt), w.dequantize().double(), w_t.dequantize().double()
-    dY_t, X_t = (dY.t(), quantised(x).t()) if once else (quantised(dy.t(), fmt), quantised(x.t()))
-    exact = {"output": quantised(x) @ W.t(), "x.grad": dY @ W_t.t(), "weight.grad": dY_t @ X_t.t()}
+    dY, W, W_t = quantized(dy, fmt), w.dequantize().double(), w_t.dequantize().double()
+    dY_t, X_t = (dY.t(), quantized(x).t()) if once else (quantized(dy.t(), fmt), quantized(x.t()))
+    exact = {"output": quantized(x) @ W.t(), "x.grad": dY @ W_t.t(), "weight.grad": dY_t @ X_t.t()}
     # In wgrad moss multiplies the token scales into dY^T, which may turn subnormal: 2^-14 of the largest token.
     # mx multiplies in BF16 on a GPU, and its gradient of the weight is rounded to BF16 before it is float32.
     tolerance = (3e-3 if name == "mx" else 1e-3) if DEVICE == "cuda" else 1e-5

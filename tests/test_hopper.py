@@ -71,7 +71,7 @@ def all_kernels():
             group = {"GROUP": 128, "RULE": "given" if both else "fp32", "ROWS": 64 if both else 16,
                      "COLS": 128 if both else 256, "AS_E8M0": False, "BOTH": both, "stride_c": 1}
             types = {"x_ptr": x, **({"t_ptr": q} if both else {}), "groups": "i32", **sizes}
-            yield f"quantise {x} {both}", compile_for_hopper(
+            yield f"quantize {x} {both}", compile_for_hopper(
                 _quantize_kernel, types, {**group, **fixed, **({} if both else {"t_ptr": None})}, 4)
         for norm, C in itertools.product(NORMS, (768, 4096, 11008)):
             cols = power_of_two_from(C)

@@ -1,4 +1,4 @@
-"""The quantisers: scales of every recipe, two levels and the fold, the transpose; norm, SwiGLU and RoPE, quantised. The
+"""The quantizers: scales of every recipe, two levels and the fold, the transpose; norm, SwiGLU and RoPE, quantized. The
 kernels give the same bits, but for what another route through float32 moves over a tie."""
 
 import dataclasses
@@ -132,7 +132,7 @@ def test_a_recipe_with_one_scale_per_weight_cannot_have_small_weight_blocks():
 
 
 @pytest.mark.parametrize("width", [16, 48, 512])
-def test_blocks_of_any_width_are_quantised_where_the_kernels_run(width, monkeypatch):
+def test_blocks_of_any_width_are_quantized_where_the_kernels_run(width, monkeypatch):
     monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda device: ms.HAS_TRITON)
     x = random_rows(4, 1000)
     assert ms.sqnr(x, ms.quantize(x.to(DEVICE), E4M3, (1, width), "up").dequantize().cpu()) > 30
@@ -170,7 +170,7 @@ def test_ragged_last_blocks_get_scales_of_their_own(block):
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E3M2, E2M3, E2M1, INT8], ids=lambda f: f.name)
 @pytest.mark.parametrize("rule", ["floor", "up"])
-def test_every_mx_element_format_quantises_within_half_a_step_of_its_largest_number(fmt, rule):
+def test_every_mx_element_format_quantizes_within_half_a_step_of_its_largest_number(fmt, rule):
     x = random_rows(16, 64)
     q = ms.quantize_reference(x, fmt, (1, 32), rule)
     scale = ms.expand_blocks(q.scale.float(), x.shape, q.block)
@@ -180,7 +180,7 @@ def test_every_mx_element_format_quantises_within_half_a_step_of_its_largest_num
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])
-def test_quantising_again_changes_nothing(name):
+def test_quantizing_again_changes_nothing(name):
     recipe = RECIPES[name]
     q = ms.quantize_reference(random_rows(32, 256), E4M3, recipe.act_block, recipe.rule)
     again = ms.quantize_reference(q.dequantize(), E4M3, recipe.act_block, recipe.rule)
@@ -189,7 +189,7 @@ def test_quantising_again_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])
-def test_quantising_the_transpose_is_quantising_along_the_other_axis(name):
+def test_quantizing_the_transpose_is_quantizing_along_the_other_axis(name):
     x, recipe = random_rows(160, 300), RECIPES[name]
     moved = ms.quantize_reference(x.t(), E4M3, recipe.act_block, recipe.rule)
     across = ms.quantize_reference(x, E4M3, recipe.act_block[::-1], recipe.rule)   # blocks of 32 x 1, 128 x 1, ...
@@ -198,7 +198,7 @@ def test_quantising_the_transpose_is_quantising_along_the_other_axis(name):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_any_axis_of_any_tensor_is_quantised_after_it_is_moved_to_the_end(axis):
+def test_any_axis_of_any_tensor_is_quantized_after_it_is_moved_to_the_end(axis):
     x = random_rows(40, 48 * 64).view(40, 48, 64)
     n = x.shape[axis]
     rows = x.movedim(axis, -1).reshape(-1, n)
@@ -298,7 +298,7 @@ def test_inf_spoils_what_shares_its_global_scale():
     assert given[1, 32:64].all() and given.sum() == 32
 
 
-def test_folding_equals_quantising_once_per_row_wherever_the_number_is_normal():
+def test_folding_equals_quantizing_once_per_row_wherever_the_number_is_normal():
     x = random_rows(64, 512)
     folded = ms.fold(ms.quantize_two_level(x, global_scale=1.0))
     direct = ms.quantize_reference(x, E4M3, (1, ALL), "up")
@@ -333,7 +333,7 @@ def test_moss_rescues_small_tokens_that_a_scale_per_tensor_loses():
 # ---------------------------------------------------------------------------------------------------
 # The scaling-aware transpose
 
-def test_transpose_with_row_factors_equals_quantising_once_wherever_the_result_is_normal():
+def test_transpose_with_row_factors_equals_quantizing_once_wherever_the_result_is_normal():
     x = random_rows(48, 80)
     q = ms.quantize_reference(x, E4M3, (1, ALL), "up")
     common = q.scale.max()
@@ -349,9 +349,9 @@ def test_transpose_rounds_a_result_that_turns_subnormal_to_nearest_even():
     assert (moved.float() / 2**-9).flatten().tolist() == [2.0, 2.0, 4.0, 2.0]   # 2, 2.25, 3.75, 2.5 -> even 2
 
 
-def test_scaling_aware_transpose_keeps_the_accuracy_of_one_rounding_and_quantising_twice_does_not():
+def test_scaling_aware_transpose_keeps_the_accuracy_of_one_rounding_and_quantizing_twice_does_not():
     x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 256)[:, None]
-    moss, group = ms.QUANTISERS["moss"], ms.QUANTISERS["group"]
+    moss, group = ms.QUANTIZERS["moss"], ms.QUANTIZERS["group"]
     moved, once, twice = ms.move(x), group(x.t()), group(group(x).dequantize().t())
     assert moved.data.shape == (512, 256) and moved.data.is_contiguous()
     assert ms.sqnr(x.t(), moved.dequantize()) == pytest.approx(ms.sqnr(x, moss(x).dequantize()), abs=0.01)
@@ -392,7 +392,7 @@ def layouts(R, width, **kwargs):
 
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 @pytest.mark.parametrize("kind", EQUATIONS)
-def test_norm_rows_are_the_equation_in_float32_then_the_quantiser(kind, shape):
+def test_norm_rows_are_the_equation_in_float32_then_the_quantizer(kind, shape):
     weight = random_rows(1, shape[1], seed=1)[0]
     for x in layouts(*shape):
         w = weight.to(x.dtype)
@@ -625,7 +625,7 @@ def test_sqnr_of_a_known_error():
 
 
 def ranking(x, fmt):
-    return [ms.sqnr(x, ms.QUANTISERS[name](x, fmt).dequantize()) for name in ("tensor", "group", "two-level")]
+    return [ms.sqnr(x, ms.QUANTIZERS[name](x, fmt).dequantize()) for name in ("tensor", "group", "two-level")]
 
 
 def test_theorem_1_holds_for_an_integer_among_outliers_and_for_a_float_nowhere():
@@ -670,7 +670,7 @@ def quantize_by_kernel(x, fmt, block, rule):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
 @pytest.mark.parametrize("block, rule", BLOCKS, ids=str)
-def test_quantise_kernel_equals_reference_bit_for_bit(shape, fmt, block, rule):
+def test_quantize_kernel_equals_reference_bit_for_bit(shape, fmt, block, rule):
     x = random_rows(*shape, device=DEVICE)
     for layout in (x, x.t().contiguous().t(), x.bfloat16()):
         assert_same(quantize_by_kernel(layout, fmt, block, rule), ms.quantize_reference(layout, fmt, block, rule))
@@ -679,7 +679,7 @@ def test_quantise_kernel_equals_reference_bit_for_bit(shape, fmt, block, rule):
 @needs_triton
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
 @pytest.mark.parametrize("block, rule", BLOCKS, ids=str)
-def test_quantise_kernel_passes_nan_and_inf_on(fmt, block, rule):
+def test_quantize_kernel_passes_nan_and_inf_on(fmt, block, rule):
     x = random_rows(6, 96, device=DEVICE)
     x[0, 3], x[2, 40], x[4, 95] = float("nan"), float("inf"), float("-inf")
     assert_same(quantize_by_kernel(x, fmt, block, rule), ms.quantize_reference(x, fmt, block, rule))
@@ -687,7 +687,7 @@ def test_quantise_kernel_passes_nan_and_inf_on(fmt, block, rule):
 
 @needs_triton
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
-def test_quantise_kernel_with_a_given_scale_saturates_and_rounds_like_the_reference(fmt):
+def test_quantize_kernel_with_a_given_scale_saturates_and_rounds_like_the_reference(fmt):
     x = random_rows(20, 300, device=DEVICE)
     scale = (x.abs().max() / fmt.max / 4).view(1, 1)
     kernel, reference = (f(x, fmt, (ALL, ALL), "fp32", scale) for f in (ms.quantize_triton, ms.quantize_reference))
@@ -698,7 +698,7 @@ def test_quantise_kernel_with_a_given_scale_saturates_and_rounds_like_the_refere
 @needs_triton
 @pytest.mark.parametrize("shape", [*SHAPES, (130, 140)], ids=str)
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
-def test_one_reading_gives_the_quantised_tensor_and_its_exact_transpose(shape, fmt):
+def test_one_reading_gives_the_quantized_tensor_and_its_exact_transpose(shape, fmt):
     for x in (*layouts(*shape, device=DEVICE), random_rows(*shape[::-1], device=DEVICE).bfloat16().t()):
         for scale in (ms.measured_scale(x, fmt), ms.measured_scale(x, fmt) / 3):   # the second one saturates
             for q, t in (ms.quantize_both(x, fmt, scale), ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, True)):
@@ -782,8 +782,8 @@ def test_weight_blocks_that_lie_along_the_sum_are_made_for_each_sum():
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])
-def test_what_is_dequantised_in_bfloat16_is_rounded_once(name):
-    q = ms.QUANTISERS[name](random_rows(33, 160))
+def test_what_is_dequantized_in_bfloat16_is_rounded_once(name):
+    q = ms.QUANTIZERS[name](random_rows(33, 160))
     assert torch.equal(q.dequantize(torch.bfloat16), q.dequantize().bfloat16())
 
 

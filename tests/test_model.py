@@ -240,7 +240,7 @@ def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, chang
 
 @CHANGES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_is_as_close_to_the_unquantised_block_as_e4m3_allows(dtype, change):
+def test_fused_block_is_as_close_to_the_unquantized_block_as_e4m3_allows(dtype, change):
     config = dataclasses.replace(TINY, **change)
     exact, fused = (block_step(config, fp8, dtype, 16, 17) for fp8 in ("none", "moss"))
     for name in exact:   # E4M3 is 31 dB; X, W and dY together, and what earlier layers add, leave 20.3 or more
@@ -268,7 +268,7 @@ def test_recomputation_changes_no_bit(fp8, recompute):
 
 # What is compiled rounds to BF16 less often and sums in another order: values move by a step of BF16 at most. That left
 # 38 dB or more in 12 seeds on a CPU. Of values that move, one in 16 gets another code of E4M3. If all do, that is the
-# noise of one quantisation, 31 dB, and 21 dB after ten of them; 25 dB or more were left
+# noise of one quantization, 31 dB, and 21 dB after ten of them; 25 dB or more were left
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8, decibels", [("none", 30), ("moss", 20)])
 def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
@@ -283,8 +283,8 @@ def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
 def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_that(preset, monkeypatch):
-    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantiser more, because of
-    them: after eight quantisers kernels and emulation differ by the noise of FP8, but they must not add to it."""
+    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantizer more, because of
+    them: after eight quantizers kernels and emulation differ by the noise of FP8, but they must not add to it."""
     config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
     x, seen = tokens(4, 512, 1024).to(DEVICE), {}
     for name in ("none", "moss", "emulated"):
@@ -431,12 +431,12 @@ def test_loss_without_gradient_makes_no_gradient_of_the_logits(monkeypatch):
 
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
 def test_fp8_changes_loss_and_gradients_by_little(fp8):
-    exact, quantised = make(), make(fp8=fp8)
-    losses = [model(tokens(), tokens(T=32)) for model in (exact, quantised)]
+    exact, quantized = make(), make(fp8=fp8)
+    losses = [model(tokens(), tokens(T=32)) for model in (exact, quantized)]
     for loss in losses:
         loss.backward()
     assert losses[1].item() == pytest.approx(losses[0].item(), abs=0.01)
-    for (name, p), q in zip(exact.named_parameters(), quantised.parameters()):
+    for (name, p), q in zip(exact.named_parameters(), quantized.parameters()):
         similarity = torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
         assert similarity > 0.98, name   # E5M2 gradients (tensor) keep 3 bits: 12% error at most, 4% on average
 
@@ -444,7 +444,7 @@ def test_fp8_changes_loss_and_gradients_by_little(fp8):
 def test_print_shows_the_recipe_of_each_layer():
     one_block = dataclasses.replace(TINY, layers=1)   # equal blocks are printed once
     assert str(make(one_block, "moss")).count("fp8=moss") == 4
-    assert str(make(one_block)).count("fp8=none") == 5   # the head, which no recipe quantises, says so too
+    assert str(make(one_block)).count("fp8=none") == 5   # the head, which no recipe quantizes, says so too
 
 
 def test_initial_weights_are_the_same_under_every_recipe():
@@ -545,7 +545,7 @@ def test_a_text_longer_than_the_longest_sequence_goes_on(monkeypatch):
     assert text.max() < 64
 
 
-def test_ranks_share_moments_and_the_weights_of_quantised_layers():
+def test_ranks_share_moments_and_the_weights_of_quantized_layers():
     linear, total = m.parameter_count(WIDE)
     alone, shared = (m.memory(WIDE, "moss", 64, ranks=ranks) for ranks in (1, 4))
     assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4

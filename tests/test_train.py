@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 100
 TINY = ("--device cpu --model nano --seq 16 --batch 2 --accum 1 --steps 4 "
         "--log_every 1 --eval_every 2 --eval_batches 1").split()
-LAYERS = 4 * PRESETS["nano"].layers   # quantised ones: qkv, out, gate_up and down of each block
+LAYERS = 4 * PRESETS["nano"].layers   # quantized ones: qkv, out, gate_up and down of each block
 
 for_recipes = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -1702,7 +1702,7 @@ def test_weight_decay_spares_the_norms():
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "none"])
-def test_weights_are_quantised_once_per_optimizer_step(recipe, tiny, monkeypatch, no_sample):
+def test_weights_are_quantized_once_per_optimizer_step(recipe, tiny, monkeypatch, no_sample):
     calls, original = [], model.quantize_weight
     monkeypatch.setattr(model, "quantize_weight", lambda *a: calls.append(0) or original(*a))
     run(tiny(f"--fp8 {recipe} --steps 3 --accum 4"))
