@@ -94,7 +94,7 @@ def idea_and_layer(w_scale, T=48, K=80, N=64):
     x, dy = (size * torch.randn_like(size) for size in sizes)
     x[3], dy[4] = 0, 0
     x[5, 0], x[6, 0] = 448 * 2.0**20, 449 * 2.0**20   # one just fits under 2^20, the other does not
-    x *= 2.0**-30                                     # a token of zeros is not to be the one with the largest scale
+    x *= 2.0**-30   # so that a token of zeros must not be the one with the largest scale
     weight = torch.rand(N, K) * 2 - 1
     names, recipe, w_scale = {}, microscale.RECIPES["moss"], torch.full((1, 1), w_scale)
     exec(python_block("class MossLinear"), names)
