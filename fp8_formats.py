@@ -147,6 +147,7 @@ def _round_units(units, rounding, generator):
     raise ValueError(f"rounding must be 'nearest_even', 'half_away' or 'stochastic', got {rounding!r}")
 
 
+@torch.no_grad()
 def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=None):
     """Round every element of x to a value of fmt's grid. Same shape and dtype as x: all the grids fit in float16
     and in bfloat16, so rounding happens once, from any of the four dtypes.
@@ -172,6 +173,7 @@ def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=No
     return torch.copysign(rounded, wide).to(x.dtype)
 
 
+@torch.no_grad()
 def cast(x, fmt):
     """The fast path, for training: x -> tensor of fmt.dtype, round to nearest even, saturating, NaN stays NaN.
     Bit for bit round_to_format(x, fmt).to(fmt.dtype). E4M3 and E5M2 only, the two with a torch dtype."""
@@ -183,11 +185,12 @@ def cast(x, fmt):
     return x.clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 
+@torch.no_grad()
 def uncast(q):
     """FP8 -> float32, exactly. On a CPU out of a table of all codes, in a third of the time of torch's conversion."""
     if q.device.type != "cpu" or q.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return q.float()
-    values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(q.dtype).float()
     return values.index_select(0, q.reshape(-1).view(torch.uint8).int()).view(q.shape)
 
 
@@ -237,7 +240,7 @@ def decode(codes, fmt):
 
 def grid(fmt):
     """The finite values >= 0 of a format, in ascending order: float32, found by decoding every code."""
-    values = decode(torch.arange(1 << fmt.bits, dtype=torch.uint8), fmt)
+    values = decode(torch.arange(1 << fmt.bits, dtype=torch.uint8, device="cpu"), fmt)
     return values[values.isfinite() & ~values.signbit()].sort().values
 
 
@@ -246,7 +249,7 @@ def grid(fmt):
 
 def relative_error(fmt, k):
     """RMS of |x - round(x)| / x over evenly spaced x in max·[2^-(k+1), 2^-k]."""
-    x = fmt.max * 2.0**-k * torch.linspace(0.5, 1, 4096, dtype=torch.float64)
+    x = fmt.max * 2.0**-k * torch.linspace(0.5, 1, 4096, dtype=torch.float64, device="cpu")
     return ((round_to_format(x, fmt) - x) / x).square().mean().sqrt().item()
 
 

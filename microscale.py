@@ -1,54 +1,62 @@
 """
-Scales: how a tensor becomes FP8. The recipes, and MOSS's two-level microscaling.
+Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one scale per token is left of them.
 
-    python microscale.py [--plot FILE.png]   # tables; the picture of the first one needs matplotlib
+    $ python microscale.py                    # what each recipe keeps of a tensor; on a GPU also its kernels
+    $ python microscale.py --plot sqnr.png    # the first table as a picture (needs matplotlib)
 
-A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis
-that a matrix product will sum over. The recipes differ in how many elements share one scale:
+A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis that a
+matrix product will sum over. Words that all files use:
 
-    recipe   activations X, gradients dY        weights                      stands for
-    tensor   FP32 per tensor                    FP32 per tensor              Transformer Engine, torchao
-    group    FP32 per 1 x 128                   FP32 per 128 x 128           COAT, DeepSeek-V3
-    mx       E8M0 per 1 x 32                    E8M0 per 1 x 32              OCP Microscaling v1.0
-    moss     FP32 global x E8M0 per 1 x 32,     FP32 per tensor, predicted   MOSS, arXiv 2511.05811
-             folded into one per row            (autoscale.py)
+    scale        what a stored number is multiplied by to give the value that it stands for
+    amax         max|x| over the values that share a scale
+    per token    one scale for each row of X: a row is a token
+    E8M0         a byte that holds a power of two
+    saturate     to become the largest number of the format (448 in E4M3), as all values beyond it do
+    subnormal    smaller than the smallest normal number (2^-6 in E4M3), and stored with fewer bits
+    fold         multiply the scales of a row, relative to the largest, into its numbers: one scale is left
+    fprop, dgrad, wgrad    the three products of a linear layer: Y = X W^T, dX = dY W, dW = dY^T X
+    SQNR         signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum error^2) dB; 6 dB are one bit
 
-E8M0 is a byte that holds a power of two. Two-level microscaling (MOSS) gives each block i of 32 neighbors along C
-the scale s_i = max|X_i| / 448, and splits that into a global and a local part:
+The recipes differ in how many values share a scale:
 
-    s = max_i s_i  (FP32, per tensor or row)    ss_i = 2^ceil(log2(s_i / s))  (E8M0, one per block)
-    Q_i = E4M3(X_i / (s ss_i))                  X_i ~ Q_i s ss_i
+    recipe   activations X, gradients dY    weights                       stands for
+    moss     a power of two per token       FP32 per tensor, predicted    MOSS (arXiv 2511.05811), folded
+    tensor   FP32 per tensor                FP32 per tensor               Transformer Engine, torchao
+    group    FP32 per 1 x 128               FP32 per 128 x 128            COAT, DeepSeek-V3
+    mx       E8M0 per 1 x 32                E8M0 per 1 x 32               OCP Microscaling v1.0
 
-A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only if no scale
-changes along C. `fold` takes the scales out of its way: s and the largest ss of a row stay outside as the row's scale,
-and what remains of each ss_i, a power of two <= 1, is multiplied into the FP8 numbers. That is exact until a number is
-so small that it turns subnormal, some 2^-14 of the row's maximum. Two things follow:
+So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. It has
+no blocks of 32 and no scale of the whole tensor. The paper has both. Its two levels (`quantize_two_level`) are,
+for blocks X_i of 32 neighbors along C,
 
-  - Rounding under the row's scale gives the same numbers where they are normal, and below that rounds once instead
-    of twice. So training forms no ss_i and calls no `fold`: it takes the smallest power of two that the row fits under.
-  - ss absorbs any s. With s = 1 the noise is the same to less than a dB (6 dB are one bit), no pass over the tensor
-    finds a maximum, no state is carried from step to step, a token's numbers do not depend on its neighbors, and every
-    scale is a power of two. This is what `--fp8 moss` trains with.
+    s_i = max|X_i| / 448    s = max_i s_i  (FP32)    ss_i = 2^ceil(log2(s_i / s))  (E8M0)
+    Q_i = E4M3(X_i / (s ss_i))                       X_i ~ Q_i s ss_i
 
-Norm, SwiGLU and RoPE are here, too: on a GPU their kernels also quantize (that of RoPE in the backward pass).
+Two observations reduce them to one power of two per token:
+
+  - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
+    if no scale changes along C. So the ss_i of a row have to be folded. That is exact until a number turns
+    subnormal, at some 2^-14 of the row's maximum. Rounding under the row's scale at once gives the same normal
+    numbers, and rounds the others once instead of twice. So no recipe forms ss_i or calls `fold`.
+  - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds its maximum,
+    no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
-
 import argparse
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, INT8, cast, floor_log2, format_of, picture, pow2, round_to_format, uncast
+from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, format_of, picture, pow2, round_to_format, uncast
 
 try:
     import triton
     import triton.language as tl
     HAS_TRITON = True
-except ImportError:  # macOS, Windows: everything below still runs, in plain PyTorch
+except ImportError:  # macOS, Windows: all but the kernels still runs, in plain PyTorch
     HAS_TRITON = False
 
 ALL = -1               # a block that spans the whole axis
@@ -60,19 +68,28 @@ MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so
 
 @dataclass
 class Quantized:
-    """X (R, C) as `data` (R, C) in FP8 with a scale per block: X[r, c] ~ data[r, c] scale[r//br, c//bc] global_scale.
+    """X (R, C) as FP8 `data` (R, C) and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
 
-    `block` = (br, bc), ALL = the whole axis, a last block may be ragged. `scale` is (ceil(R/br), ceil(C/bc)),
-    float32, or float8_e8m0fnu (one byte) for small blocks under powers of two. `global_scale`, float32,
-    (), (1, 1) or (R, 1), is the first of MOSS's two levels and None elsewhere.
+    `block` is (br, bc); ALL means the whole axis, and a last block may be smaller. `scale` has one number per
+    block, float32, or float8_e8m0fnu (one byte) for small blocks under powers of two. `global_scale`, float32 (),
+    (1, 1) or (R, 1), is the paper's first level. ValueError for other shapes. No gradient passes.
     """
     data: torch.Tensor
     scale: torch.Tensor
     block: tuple
     global_scale: torch.Tensor = None
 
+    def __post_init__(self):
+        expected, outer = scale_shape(self.data.shape, self.block), self.global_scale
+        if self.scale.shape != expected or (
+                outer is not None and outer.shape not in ((), (1, 1), (len(self.data), 1))):
+            raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}, and a "
+                             f"global scale is (), (1, 1) or (R, 1): got {[*self.scale.shape]} and {outer}")
+        if self.scale.requires_grad:
+            self.scale = self.scale.detach()
+
     def dequantize(self, dtype=torch.float32):
-        """X as (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
+        """Return X (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
         scale = expand_blocks(self.scale.float(), self.data.shape, self.block)
         if dtype == torch.bfloat16 and self.scale.dtype == torch.float8_e8m0fnu and self.global_scale is None:
             return self.data.to(dtype) * scale.to(dtype)
@@ -80,8 +97,18 @@ class Quantized:
         return (x if self.global_scale is None else x * self.global_scale).to(dtype)
 
 
+def cdiv(a, b):   # a / b rounded up; Triton's own takes the host microseconds at every launch
+    return -(-a // b)
+
+
+def scale_shape(shape, block):
+    """Return the shape of the scales of data of `shape` (R, C): one for each block."""
+    (R, C), (br, bc) = shape, block
+    return 1 if br == ALL else cdiv(R, br), 1 if bc == ALL else cdiv(C, bc)
+
+
 def expand_blocks(scale, shape, block):
-    """One scale per block -> a tensor that broadcasts against one of `shape` (R, C)."""
+    """Repeat the scales of blocks until they broadcast against data of `shape` (R, C)."""
     for axis in (0, 1):
         if scale.shape[axis] > 1 and block[axis] != 1:
             scale = scale.repeat_interleave(block[axis], axis).narrow(axis, 0, shape[axis])
@@ -89,7 +116,9 @@ def expand_blocks(scale, shape, block):
 
 
 def block_amax(x, block):
-    """max|x| of every block, (R, C) -> (ceil(R/br), ceil(C/bc)) float32. NaN and Inf stay in their block."""
+    """Return max|x| of every block of x (R, C), float32; 0 if x is empty. NaN and Inf stay in their block."""
+    if x.numel() == 0:
+        return x.new_zeros(scale_shape(x.shape, block), dtype=torch.float32)
     br, bc = (n if b == ALL else b for b, n in zip(block, x.shape))
     x = F.pad(x.abs().float(), (0, -x.shape[1] % bc, 0, -x.shape[0] % br))
     return x.view(x.shape[0] // br, br, x.shape[1] // bc, bc).amax(dim=(1, 3))
@@ -98,35 +127,47 @@ def block_amax(x, block):
 # ---------------------------------------------------------------------------------------------------
 # Which scale a block gets, and the quantizer
 
+RULES = ("fp32", "floor", "up")
+
+
+def check_name(what, name, known):
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is unknown: choose one of {', '.join(known)}")
+
+
+@torch.no_grad()
 def scale_from_amax(amax, fmt, rule):
-    """The float32 scale of blocks with this max|x|; NaN for a block that holds Inf or NaN.
+    """Return the float32 scale of blocks with this max|x|; NaN for a block that holds Inf or NaN.
 
         "fp32"    amax / fmt.max                        the block's maximum becomes fmt.max
         "floor"   2^(floor(log2 amax) - fmt.emax)       OCP MX v1.0: the top of a binade saturates
         "up"      2^ceil(log2(amax / fmt.max))          MOSS: nothing saturates
 
-    The exponent is read from the bits: a floating-point log2 is off by one next to powers of two, and then
-    a value lands above fmt.max. Scales end at 2^-126, so that a block of zeros is 0 / 2^-126 = 0.
+    The exponent is read from the bits: a floating-point log2 is off by one next to powers of two, and then a
+    value lands above fmt.max. No scale is below 2^-126, so that a block of zeros is 0 / 2^-126 = 0.
     """
+    check_name("scale rule", rule, RULES)
     amax = amax.clamp(min=fmt.max * MIN_SCALE)
     if rule == "fp32":  # divided by a tensor: by a Python number, CUDA multiplies with the rounded reciprocal
         scale = amax / amax.new_full((), fmt.max)
-    elif rule == "floor":
-        scale = pow2(floor_log2(amax) - fmt.emax)
-    elif rule == "up":  # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed
-        scale = pow2(floor_log2(amax) - fmt.emax)
-        scale = torch.where(amax > fmt.max * scale, 2 * scale, scale)
     else:
-        raise ValueError(f"scale rule {rule!r} is unknown: choose 'fp32', 'floor' or 'up'")
+        scale = pow2(floor_log2(amax) - fmt.emax)
+    if rule == "up":    # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed
+        scale = torch.where(amax > fmt.max * scale, 2 * scale, scale)
     return torch.where(amax.isfinite(), scale, float("nan"))
 
 
-def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) in any float dtype -> Quantized. The scales follow `rule`, or `scale` holds them.
+def measured_scale(x, fmt, rule="fp32"):
+    """Return the scale (1, 1) of the whole tensor, by one pass over it. (x.abs() would write a copy.)"""
+    amax = torch.linalg.vector_norm(x, float("inf")).float() if x.numel() else x.new_zeros(()).float()
+    return scale_from_amax(amax.view(1, 1), fmt, rule)
 
-    C is the axis that will be summed over. For another axis, of length n, pass x.movedim(axis, -1).reshape(-1, n).
-    x is multiplied by 1 / scale, which is rounded once per block: on a GPU, dividing every value takes longer than
-    loading it.
+
+def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
+    """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
+
+    C is the axis that will be summed over. For another axis, of n, pass x.movedim(axis, -1).reshape(-1, n).
+    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it.
     """
     e8m0 = scale is None and stores_e8m0(block, rule)
     scale = scale_from_amax(block_amax(x, block), fmt, rule) if scale is None else scale
@@ -135,12 +176,12 @@ def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
 
 
 def to_grid(x, fmt):
-    """x rounded to the numbers of `fmt`: in FP8 where PyTorch has the format, else as float32 values."""
+    """Round x to the numbers of `fmt`: in FP8 where PyTorch has the format, else as float32 values."""
     return cast(x, fmt) if fmt.dtype else round_to_format(x, fmt)
 
 
 def stores_e8m0(block, rule):
-    """Scales of many small blocks are kept as one byte; a scale per row or per tensor stays float32."""
+    """Whether scales are kept as one byte: powers of two of small blocks are, one per row or tensor is not."""
     return rule != "fp32" and block[1] != ALL
 
 
@@ -149,18 +190,18 @@ def stores_e8m0(block, rule):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the linear layers of a model quantize. `current`, `predicted`: see autoscale.py."""
+    """How the linear layers of a model quantize. ValueError for settings that contradict each other."""
     name: str
     act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
     weight_block: tuple
     rule: str                 # of activations and gradients, and of weights with weight_scale "block"
-    weight_scale: str         # "block": measured at each quantization | "current" | "predicted"
+    weight_scale: str         # "block": measured at each quantization | "current", "predicted": autoscale.py
     grad_format: str = "e4m3"
 
     def __post_init__(self):
         if self.weight_scale != "block" and self.weight_block != (ALL, ALL):
-            raise ValueError(f"recipe {self.name!r}: blocks {self.weight_block} of weights have scales of their own, "
-                             f"but {self.weight_scale!r} is one: choose weight_scale 'block', or blocks (ALL, ALL)")
+            raise ValueError(f"recipe {self.name!r}: weights in blocks {self.weight_block} have a scale each, but "
+                             f"{self.weight_scale!r} gives one: choose weight_scale 'block' or blocks (ALL, ALL)")
 
     def __str__(self):
         return self.name
@@ -176,63 +217,77 @@ RECIPES = {
 
 
 # ---------------------------------------------------------------------------------------------------
-# MOSS: two levels, and the fold that takes the second one out of the matrix product
+# The two levels of the paper, and the fold that takes the second one out of the matrix product
 
 def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(ALL, ALL)):
-    """x (R, C) -> Quantized with E8M0 scales ss (R, ceil(C/block)) under an FP32 global scale s.
+    """Quantize x (R, C) with E8M0 scales ss (R, ceil(C / block)) under an FP32 global scale s.
 
-    s = max_i s_i, of the tensor, or of every row with global_block = (1, ALL), unless `global_scale` is given: a
-    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, as that of an earlier step, while FP32 can hold
-    max |x| / s: ss absorbs it.
+    s = max_i s_i of the tensor, or of every row with global_block = (1, ALL), unless `global_scale` is given, a
+    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, such as that of an earlier step, while
+    FP32 can hold max|x| / s: ss absorbs it.
     """
     s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
-    s = torch.as_tensor(s, dtype=torch.float32, device=x.device)
+    s = torch.as_tensor(s, dtype=torch.float32, device=x.device).detach()
     ss = scale_from_amax(block_amax(x, (1, block)) / s, fmt, "up")
-    if global_scale is None:  # s may have been rounded down: the largest s_i / s is then a hair above 1, not ss = 2
+    if global_scale is None:  # s may have been rounded down: the largest s_i / s is a hair above 1, not ss = 2
         ss = ss.clamp(max=1)
     data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
     return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
 
 
 def fold(q):
-    """Two-level Quantized -> one scale per row, s times a power of two. Exact while the folded number is normal.
-
-    No recipe calls it: rounding under the row's scale, in one step, gives the same numbers where they are normal, and
-    better ones below.
-    """
+    """Fold two-level q into one scale per row, s times its largest ss. Exact where the new number is normal."""
+    if q.block[0] != 1:
+        raise ValueError(f"blocks {q.block} span rows: only the scales within one row can be folded")
     ss = q.scale.float()
-    row = ss.amax(dim=1, keepdim=True)                                             # (R, 1)
+    row = block_amax(ss, (1, ALL)).clamp(min=MIN_SCALE)                            # (R, 1)
     data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), format_of(q.data))
     return Quantized(data, row if q.global_scale is None else row * q.global_scale, (1, ALL))
 
 
+@torch.no_grad()
 def fold_loss(x, fmt=E4M3, block=32):
-    """What folding costs on x (R, C): (share of the values that it changes, energy of the change / energy of x)."""
+    """Return what folding costs on x (R, C): share of the values that it changes, energy of the change / of x."""
     unfolded, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
     change = folded - unfolded   # unfolded: two-level with s = 1
-    return (change != 0).float().mean(), change.square().sum() / x.float().square().sum().clamp(min=1e-38)
+    energy = change.square().sum() / x.float().square().sum().clamp(min=1e-38)
+    return (change != 0).float().mean().nan_to_num(), energy   # 0 of no values
 
 
 def saturated_share(x, q):
-    """Share of the values of x (R, C) that lie beyond the largest number their block can hold."""
-    limit = format_of(q.data).max * expand_blocks(q.scale.float(), x.shape, q.block) * (1 + 2**-20)  # the scale itself is rounded
-    return (x.abs().float() > limit).float().mean()
+    """Return the share of the values of x (R, C) beyond the largest number that their block of q can hold."""
+    limit = replace(q, data=torch.full_like(q.data, format_of(q.data).max)).dequantize()
+    return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale itself is rounded
 
 
 def transpose_reference(q, row_factor=None):
-    """FP8 data (R, C) -> (C, R). `row_factor` (R, 1), powers of two <= 1, is multiplied in on the way.
+    """Transpose FP8 data (R, C) -> (C, R), times `row_factor` (R, 1), powers of two <= 1.
 
-    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): a row scale cannot leave a sum that runs
-    over the rows, so the rows are first brought to one common scale, by exponent arithmetic alone. Exact while
-    the result is normal; below, it is rounded to nearest even, once.
+    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): the scale of a row cannot leave a sum over the
+    rows, so all rows are first brought to one scale. Powers of two change exponents alone: this is exact while
+    the result is normal. Below, it is rounded to nearest even, once.
     """
     if row_factor is not None:
         q = cast(uncast(q) * row_factor, format_of(q))
     return q.t().contiguous()
 
 
+def quantize_weight(weight, recipe, scale=None):
+    """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N.
+
+    One scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W once
+    for each. `scale` (1, 1) comes from autoscale.py. ValueError if it is given and the recipe measures blocks.
+    """
+    if scale is not None and recipe.weight_scale == "block":
+        raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
+    w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
+    if recipe.weight_block[0] != recipe.weight_block[1]:
+        return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
+    return w, Quantized(transpose(w.data), w.scale.t().contiguous(), w.block)
+
+
 # ---------------------------------------------------------------------------------------------------
-# What comes before a linear layer, and its quantizer, as one operation
+# The operations around a linear layer, each with the quantizer that follows it
 
 NORM_EPS = 1e-5
 NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear layer reads
@@ -242,20 +297,14 @@ NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear laye
 }
 
 
-def norm_rows_reference(x, kind, weight=None, fmt=E4M3):
-    """x (R, C) -> Quantized with a power of two per row: the norm in float32, then the quantizer of `moss`."""
-    weight = None if weight is None else weight.float()
-    return quantize_reference(NORMS[kind](x.float(), weight), fmt, (1, ALL), "up")
-
-
 def swiglu(h):
-    """h = [gate, up] (..., 2 ffn) -> a = silu(gate) up (..., ffn)."""
+    """Return a = silu(gate) up (..., ffn) of h = [gate, up] (..., 2 ffn)."""
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def swiglu_gradient(h, da):
-    """h = [gate, up] (R, 2 ffn), da (R, ffn), the gradient of a = silu(gate) up -> that of h, (R, 2 ffn) float32.
+    """Return the gradient of h = [gate, up] (R, 2 ffn), float32, from da (R, ffn), that of a = silu(gate) up.
 
     With sigma = sigmoid(gate):  d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma.
     """
@@ -265,70 +314,80 @@ def swiglu_gradient(h, da):
     return torch.cat((da * up * (sigma + silu * (1 - sigma)), da * silu), dim=1)
 
 
-def swiglu_rows_reference(h):
-    """h (R, 2 ffn) -> Quantized a (R, ffn), which the next layer reads, and h, which the backward pass reads."""
-    return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (swiglu(h.float()), h))
-
-
-def swiglu_backward_reference(h, da):
-    """Quantized h (R, 2 ffn), da (R, ffn) -> Quantized `swiglu_gradient`.
-
-    The scale is that of a bound: |d gate| <= 1.1 |da up|, for no slope of silu is steeper, and |d up| <= |da gate|. So
-    it is known before a sigmoid is taken. Mostly it is the scale of the maximum, or 2 or 4 times that: less range
-    below, and the same precision above. (It is far more in rows whose gates are all far below zero: there the gradient
-    is next to nothing, and becomes zero.)
-    """
-    h = h.dequantize()
-    gate, up = h.chunk(2, dim=1)
-    bound = (da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs())).amax(dim=1, keepdim=True)
-    return quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale_from_amax(bound, E4M3, "up"))
-
-
 def rope(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by angles whose cos, sin (T, head_dim / 2)
-    are given: one for each position and pair. In float32, whatever x is."""
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by the angles of their positions.
+
+    cos, sin (T, head_dim / 2). Computed in float32, whatever x is.
+    """
     cos, sin = cos[:, None], sin[:, None]                                          # (T, 1, head_dim / 2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def qkv_gradient(dq, dk, dv, cos, sin):
-    """Gradients of rope(q) (B, T, heads, head_dim), rope(k) and v (B, T, kv_heads, head_dim) -> that of [q, k, v],
-    (B T, d + 2 kv_dim) float32."""
+    """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), float32, from those of rope(q), rope(k) and v.
+
+    dq (B, T, heads, head_dim); dk, dv (B, T, kv_heads, head_dim).
+    """
     dq, dk = (rope(x.float(), cos, -sin) for x in (dq, dk))   # turned back by the same angles
     return torch.cat([x.float().flatten(2) for x in (dq, dk, dv)], dim=2).flatten(0, 1)
 
 
-def rope_backward_reference(dq, dk, dv, cos, sin):
-    """-> Quantized `qkv_gradient`."""
-    return quantize_reference(qkv_gradient(dq, dk, dv, cos, sin), E4M3, (1, ALL), "up")
-
-
 # ---------------------------------------------------------------------------------------------------
-# The same on a GPU
+# Each quantizer as a kernel, where the GPU has FP8 tensor cores, or in PyTorch. Shapes are checked here.
+
+KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores multiply FP8 32 at a time
+MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
+MAX_ELEMENTS = 2**31  # from here on a column times its stride may exceed the 32 bits that kernels give it
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @functools.cache
-def has_fp8_tensor_cores(device):
-    """True where the kernels run: an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton."""
+def runs_kernels(device):
     if torch.device(device).type != "cuda" or not HAS_TRITON or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_fp8_tensor_cores(device):
+    """Whether kernels run there: on an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton.
+
+    ValueError if it is such a GPU but not the current one, on which Triton would start the kernel.
+    """
+    index = torch.device(device).index
+    if not runs_kernels(device) or index in (None, torch.cuda.current_device()):
+        return runs_kernels(device)
+    raise ValueError(f"a tensor on {device}, while kernels start on the current GPU, cuda:"
+                     f"{torch.cuda.current_device()}: call torch.cuda.set_device({index}) first")
+
+
 def kernels_take(x, fmt=E4M3):
-    return has_fp8_tensor_cores(x.device) and x.numel() < MAX_ELEMENTS and fmt.dtype is not None
+    return fmt.dtype is not None and 0 < x.numel() < MAX_ELEMENTS and has_fp8_tensor_cores(x.device)
+
+
+def expect(name, x, shape, meaning, dtypes=FLOATS):
+    """Raise ValueError unless x has this shape, in which None is any size, and one of these dtypes."""
+    if x.dtype not in dtypes or len(x.shape) != len(shape) or any(
+            size not in (None, n) for size, n in zip(shape, x.shape)):
+        sizes = str(tuple(shape)).replace("None", "any")
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}: it has to be {meaning}, {sizes}, "
+                         f"of {' or '.join(map(str, dtypes))}")
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """x (R, C) -> Quantized, as `quantize_reference`: by a kernel below on a GPU that has FP8 tensor cores.
+    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor.
 
-    A given `scale` is (1, 1). Blocks of 128 x 128, of which there are only weights, are left to PyTorch, as are blocks
-    of other widths than KERNEL_WIDTHS.
+    PyTorch does blocks of 128 x 128, of which there are only weights, and widths not in KERNEL_WIDTHS.
     """
+    expect("x", x, (None, None), "rows that products sum along")
+    check_name("scale rule", rule, RULES)
     if scale is None and block == (ALL, ALL):
         scale = measured_scale(x, fmt, rule)
+    if scale is not None:
+        expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
+        block = (ALL, ALL)
     if kernels_take(x, fmt):
-        if scale is None and block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
+        if block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
             return norm_rows_triton(x, "none", None, fmt, rule)
         if scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS:
             return quantize_triton(x, fmt, block, rule, scale)
@@ -336,43 +395,75 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
 
 
 def quantize_both(x, fmt, scale):
-    """x (R, C), scale (1, 1) -> Quantized x (R, C) and x^T (C, R), from one reading of x."""
+    """Quantize x (R, C) under `scale` (1, 1), and return x and x^T (C, R) from one reading of x."""
+    expect("x", x, (None, None), "rows that products sum along")
+    expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
     if kernels_take(x, fmt):
         return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
     q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
     return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
 
 
-def measured_scale(x, fmt, rule="fp32"):
-    """The scale (1, 1) of the whole tensor, by a pass of its own over it (x.abs().amax() would write a copy, too)."""
-    return scale_from_amax(torch.linalg.vector_norm(x, float("inf")).float().view(1, 1), fmt, rule)
+def transpose(q, row_factor=None):
+    """Transpose FP8 data (R, C) -> (C, R), as `transpose_reference`."""
+    expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
+    if row_factor is not None:
+        expect("row_factor", row_factor, (len(q), 1), "one for each row")
+    return (transpose_triton if q.numel() and has_fp8_tensor_cores(q.device) else transpose_reference)(q, row_factor)
 
 
 def norm_rows(x, kind, weight=None, fmt=E4M3):
-    """x (R, C); weight (C) or None, for "rms" -> Quantized, as `norm_rows_reference`. ValueError for another kind."""
-    if kind not in NORMS:
-        raise ValueError(f"norm {kind!r} is unknown: choose one of {', '.join(NORMS)}")
-    if weight is not None and weight.shape != x.shape[1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: rows of {x.shape[1]} need as many weights")
+    """Quantize norm(x) (R, C) with a power of two per row, as `moss` does. The norm is computed in float32.
+
+    kind: one of NORMS; weight (C) or None, for "rms".
+    """
+    check_name("norm", kind, NORMS)
+    expect("x", x, (None, None), "rows")
+    if weight is not None:
+        expect("weight", weight, x.shape[1:], "one for each column")
     if kernels_take(x, fmt) and x.shape[1] <= MAX_COLUMNS:
         return norm_rows_triton(x, kind, weight, fmt)
-    return norm_rows_reference(x, kind, weight, fmt)
+    rows = NORMS[kind](x.float(), None if weight is None else weight.float())
+    return quantize_reference(rows, fmt, (1, ALL), "up")
 
 
 def swiglu_rows(h):
-    """h (R, 2 F) -> Quantized a = swiglu(h) (R, F) and h (R, 2 F), as `swiglu_rows_reference`."""
-    return swiglu_rows_triton(h) if kernels_take(h) else swiglu_rows_reference(h)
+    """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn), for the backward pass."""
+    expect("h", h, (None, h.shape[-1] // 2 * 2), "rows [gate, up]")
+    if kernels_take(h):
+        return swiglu_rows_triton(h)
+    return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (swiglu(h.float()), h))
 
 
 def swiglu_backward(h, da):
-    """Quantized h (R, 2 F), da (R, F) -> Quantized gradient of h, as the reference. ValueError for other shapes."""
-    if h.data.shape != (da.shape[0], 2 * da.shape[1]):
-        raise ValueError(f"h {tuple(h.data.shape)} must be twice as wide as da {tuple(da.shape)}: [gate, up]")
-    return swiglu_backward_triton(h, da) if kernels_take(h.data) else swiglu_backward_reference(h, da)
+    """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn).
+
+    The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
+    silu is steeper, and |d up| <= |da gate|. Mostly it is the scale of the maximum, or 2 or 4 times that: less
+    range below, and the same precision above. (It is far larger in rows whose gates are all far below zero:
+    there the gradient is next to nothing, and becomes zero.)
+    """
+    expect("da", da, (len(h.data), None), "a gradient for each row of h")
+    expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
+    if kernels_take(h.data) and h.block == (1, ALL) and h.global_scale is None:
+        return swiglu_backward_triton(h, da)
+    h = h.dequantize()
+    gate, up = h.chunk(2, dim=1)
+    bound = block_amax(da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs()), (1, ALL))
+    return quantize_reference(swiglu_gradient(h, da), scale=scale_from_amax(bound, E4M3, "up"), block=(1, ALL))
+
+
+def expect_heads(name, x, shape, cos, sin):
+    expect(name, x, (*shape, x.shape[-1] // 2 * 2), "(B, T, heads, head_dim)")
+    for table, angles in (("cos", cos), ("sin", sin)):
+        expect(table, angles, (x.shape[1], x.shape[3] // 2), "one for each position and pair")
 
 
 def rope_(x, cos, sin):
-    """`rope` of x (B, T, heads, head_dim), in place."""
+    """Turn x (B, T, heads, head_dim) in place, as `rope`. ValueError where autograd would need a gradient."""
+    expect_heads("x", x, (None, None, None), cos, sin)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x requires a gradient, which rope_ does not have: use rope, or torch.no_grad()")
     if kernels_take(x) and x.stride(3) == 1:
         rope_triton_(x, cos, sin)
     else:
@@ -380,35 +471,34 @@ def rope_(x, cos, sin):
 
 
 def rope_backward(dq, dk, dv, cos, sin):
-    """Gradients of rope(q), rope(k) and v -> Quantized gradient of [q, k, v], as `rope_backward_reference`."""
+    """Quantize `qkv_gradient`, the gradient of [q, k, v]."""
+    expect_heads("dq", dq, (None, None, None), cos, sin)
+    for name, x in (("dk", dk), ("dv", dv)):
+        expect(name, x, (*dq.shape[:2], dk.shape[2], dq.shape[3]), "(B, T, kv_heads, head_dim)")
     if kernels_take(dq) and dq.shape[2] * dq.shape[3] <= MAX_COLUMNS:
         return rope_backward_triton(dq, dk, dv, cos, sin)
-    return rope_backward_reference(dq, dk, dv, cos, sin)
+    return quantize_reference(qkv_gradient(dq, dk, dv, cos, sin), E4M3, (1, ALL), "up")
 
 
-def transpose(q, row_factor=None):
-    """FP8 data (R, C) -> (C, R), as `transpose_reference`."""
-    return (transpose_triton if has_fp8_tensor_cores(q.device) else transpose_reference)(q, row_factor)
-
-
-def cdiv(a, b):   # Triton's own cdiv and next_power_of_2 take the host microseconds, at every launch
-    return -(-a // b)
-
+# ---------------------------------------------------------------------------------------------------
+# The kernels
+#
+# A kernel is started as kernel[grid](...): a grid of *programs*, told apart by tl.program_id, each of which works on
+# a tile that lies in the registers of its threads. tl.load and tl.store reach memory where `mask` is true. What is
+# tl.constexpr is known when the kernel is compiled. num_warps: groups of 32 threads per program. An SM is one of the
+# GPU's processors (an H200 has 132) and runs a few programs at a time. On a CPU Triton's interpreter runs the same
+# code in NumPy (TRITON_INTERPRET=1).
 
 def power_of_two_from(n):
-    """The smallest power of two >= n, and >= 16: FP8 is cast four numbers at a time, by every thread."""
+    """Return the smallest power of two >= n, and >= 16: every thread casts four numbers at a time to FP8."""
     return 1 << max((n - 1).bit_length(), 4)
 
 
-KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores multiply FP8 32 at a time
-MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
-MAX_ELEMENTS = 2**31  # from here on a column times its stride may not fit into the 32 bits that kernels give it
+def empty_rows(R, C, device, fmt=E4M3):
+    """Return a Quantized (R, C) with one scale per row, for a kernel to fill."""
+    return Quantized(torch.empty(R, C, device=device, dtype=fmt.dtype),
+                     torch.empty(R, 1, device=device, dtype=torch.float32), (1, ALL))
 
-# A kernel is started as kernel[grid](...): a grid of *programs*, told apart by tl.program_id, each of which works on a
-# tile that lies in the registers of its threads. tl.load and tl.store reach memory where `mask` is true; what is
-# tl.constexpr is known when the kernel is compiled. num_warps: groups of 32 threads per program; num_stages: tiles on
-# their way from memory at once. An SM is one of the GPU's processors (an H200 has 132) and runs a few programs at a
-# time. On a CPU Triton's interpreter runs the same code in NumPy (TRITON_INTERPRET=1).
 
 if HAS_TRITON:
     # The interpreter casts to FP8 by cutting bits off, so there the kernels round by arithmetic first.
@@ -423,10 +513,10 @@ if HAS_TRITON:
 
     @triton.jit
     def to_fp8(x, IS_E4M3: tl.constexpr = True):
-        """float32 -> FP8, round to nearest even, saturating, NaN stays NaN.
+        """Cast float32 to FP8: round to nearest even, saturate, keep NaN.
 
-        On a GPU one instruction casts two numbers. It is spelled out here, four numbers at a time: where the bytes are
-        stored by rows and by columns, too, Triton 3.6 makes code of its own cast that stores wrong ones.
+        One instruction casts two numbers. It is spelled out, four numbers at a time, because Triton 3.6 miscompiles
+        its own cast where the bytes are stored by rows and by columns.
         """
         if INTERPRETED:
             # Adding and taking away 2^23 steps of the grid leaves x rounded to it. The step is 2^(e - mantissa bits),
@@ -447,13 +537,20 @@ if HAS_TRITON:
             return tl.inline_asm_elementwise(CAST_E5M2, "=r,f,f,f,f", [x], dtype=tl.float8e5, is_pure=True, pack=4)
 
     @triton.jit
+    def sigmoid(x):
+        if INTERPRETED:
+            return tl.sigmoid(x)
+        else:
+            return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
     def magnitude(x):
         """|x| as integers, which sort like the numbers, Inf above them and NaN above Inf: no NaN is lost by max."""
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
     @triton.jit
     def scale_of(amax, RULE: tl.constexpr, IS_E4M3: tl.constexpr = True):
-        """`scale_from_amax` of magnitudes (R, B) int32 -> (scale, 1 / scale), float32."""
+        """Return (scale, 1 / scale), float32, as `scale_from_amax`, of magnitudes (R, B) int32."""
         fmt_max: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
         emax: tl.constexpr = 8 if IS_E4M3 else 15
         smallest: tl.constexpr = fmt_max * 2.0**-126
@@ -475,7 +572,7 @@ if HAS_TRITON:
     def _quantize_kernel(x_ptr, q_ptr, t_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
                          ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
                          IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr):
-        """One tile (ROWS, COLS) of x, read once in any layout: a scale per GROUP columns, or a given one; FP8."""
+        """Quantize a tile (ROWS, COLS) of x, read once in any layout, under a scale per GROUP columns or a given one."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = (r < R)[:, None] & (c < C)[None, :]
@@ -489,27 +586,26 @@ if HAS_TRITON:
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
-            tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale, mask=(r < R)[:, None] & (g < groups)[None, :])
+            at = scale_ptr + r[:, None] * groups + g[None, :]
+            tl.store(at, scale, mask=(r < R)[:, None] & (g < groups)[None, :])
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
         if BOTH:
             tl.store(t_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
     def quantize_triton(x, fmt, block, rule, scale=None, both=False):
-        """`quantize_reference` in one read of x (R, C), any strides. Blocks are 1 x n, or `scale` (1, 1) is given.
-
-        both: also return x^T (needs a given scale, which serves along both axes).
-        """
-        R, C = x.shape
-        if scale is not None:
-            rows, cols, group, groups, rule, e8m0 = 64, 128, 128, 1, "given", False
-        else:
-            rows, cols, group, groups, e8m0 = 16, 256, block[1], cdiv(C, block[1]), stores_e8m0(block, rule)
+        """Quantize x (R, C), any strides, in blocks 1 x n, or under a given `scale` (1, 1); both: return x^T, too."""
+        (R, C), e8m0 = x.shape, scale is None and stores_e8m0(block, rule)
+        rows, cols, group, groups = 64, 128, 128, 1
+        if scale is None:
+            rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
             scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
+        else:
+            rule, block = "given", (ALL, ALL)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
         t = torch.empty(C, R, device=x.device, dtype=fmt.dtype) if both else None
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
-            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups,
-            ROWS=rows, COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)
+            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups, ROWS=rows,
+            COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)
         return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
 
     @triton.jit
@@ -528,8 +624,7 @@ if HAS_TRITON:
                      ROWS: tl.constexpr, COLS: tl.constexpr, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
         """Whole rows: read, norm, amax, scale, FP8. A row waits in registers for its maximum.
 
-        A mask for the rows would cost a tenth of the bandwidth: a program that reaches beyond the last row does the
-        last row once more instead.
+        Programs past the end recompute the last row: a mask for the rows would cost a tenth of the bandwidth.
         """
         r = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), R - 1)
         c = tl.arange(0, COLS)
@@ -545,24 +640,13 @@ if HAS_TRITON:
         store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
     def norm_rows_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
-        """`norm_rows_reference` in one read of x (R, C), any strides."""
-        R, C = x.shape
-        weight = None if weight is None else weight.contiguous()
-        q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
-        scale = torch.empty(R, 1, device=x.device)
+        (R, C), q = x.shape, empty_rows(*x.shape, x.device, fmt)
         cols = power_of_two_from(C)
         rows = max(2048 // cols, 1)
         _rows_kernel[(cdiv(R, rows),)](
-            x, weight, q, scale, R, C, x.stride(0), x.stride(1), NORM_EPS, NORM=kind, ROWS=rows, COLS=cols, RULE=rule,
-            IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
-        return Quantized(q, scale, (1, ALL))
-
-    @triton.jit
-    def sigmoid(x):
-        if INTERPRETED:
-            return tl.sigmoid(x)
-        else:
-            return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+            x, None if weight is None else weight.contiguous(), q.data, q.scale, R, C, x.stride(0), x.stride(1),
+            NORM_EPS, NORM=kind, ROWS=rows, COLS=cols, RULE=rule, IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
+        return q
 
     @triton.jit
     def load_halves(h_ptr, r, c, F, EVICT: tl.constexpr = tl.constexpr("")):
@@ -573,9 +657,9 @@ if HAS_TRITON:
     def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
         """`swiglu_rows_reference` of one row, which is read twice, the second time out of the L2 cache.
 
-        To keep 22016 numbers in registers, as above, leaves room for one program per SM, and while it computes nothing
-        is read: 640 us for 16384 rows, and 346 us this way. Telling the cache what will be read again and what will not
-        saves another 18 us.
+        To keep a row in registers, as above, leaves room for one program per SM, which reads nothing while it
+        computes: for 16384 rows of 22016 numbers 640 us instead of 346. Telling the cache what is read again and
+        what is not saves another 18 us.
         """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
@@ -596,18 +680,17 @@ if HAS_TRITON:
 
     def swiglu_rows_triton(h):
         R, ffn = h.shape[0], h.shape[1] // 2
-        a_q, h_q = (torch.empty(R, n, device=h.device, dtype=E4M3.dtype) for n in (ffn, 2 * ffn))
-        a_scale, h_scale = (torch.empty(R, 1, device=h.device) for _ in range(2))
-        block = min(power_of_two_from(ffn), 4096)
-        _swiglu_kernel[(R,)](h.contiguous(), a_q, a_scale, h_q, h_scale, ffn, BLOCK=block, num_warps=8)
-        return Quantized(a_q, a_scale, (1, ALL)), Quantized(h_q, h_scale, (1, ALL))
+        a, h_q = (empty_rows(R, n, h.device) for n in (ffn, 2 * ffn))
+        _swiglu_kernel[(R,)](h.contiguous(), a.data, a.scale, h_q.data, h_q.scale, ffn,
+                             BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+        return a, h_q
 
     @triton.jit
     def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
         """`swiglu_backward_reference` of one row, read twice: once for the bound, and then for the gradient.
 
-        With the maximum itself in place of the bound every gradient is computed twice, and computing takes longer than
-        memory: 427 us on an H100, and 378 us this way.
+        With the maximum in place of the bound every gradient would be computed twice, and computing takes longer
+        than reading: 427 us instead of 378 on an H100.
         """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         h_scale = tl.load(h_scale_ptr + r[:, None])
@@ -632,12 +715,15 @@ if HAS_TRITON:
 
     def swiglu_backward_triton(h, da):
         R, ffn = da.shape
-        q = torch.empty(R, 2 * ffn, device=da.device, dtype=E4M3.dtype)
-        scale = torch.empty(R, 1, device=da.device)
-        block = min(power_of_two_from(ffn), 4096)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q, scale, ffn,
-                                      BLOCK=block, num_warps=8)
-        return Quantized(q, scale, (1, ALL))
+        q = empty_rows(R, 2 * ffn, da.device)
+        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q.data, q.scale, ffn,
+                                      BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+        return q
+
+    @triton.jit
+    def load_pairs(x_ptr, at, inside, HALF: tl.constexpr):
+        a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        return a, tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
     def rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, t, stride_h, HALF: tl.constexpr, BACK: tl.constexpr):
@@ -648,8 +734,7 @@ if HAS_TRITON:
         cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
         sin = -sin if BACK else sin
-        a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        a, b = load_pairs(x_ptr, at, inside, HALF)
         return a * cos - b * sin, b * cos + a * sin, at
 
     @triton.jit
@@ -669,7 +754,15 @@ if HAS_TRITON:
         pairs = heads * head_dim // 2
         width = min(power_of_two_from(pairs), 1024)
         _rope_kernel[(cdiv(B * T, 2), cdiv(pairs, width))](
-            x, cos, sin, B * T, T, pairs, *x.stride()[:3], HALF=head_dim // 2, ROWS=2, PAIRS=width, num_warps=4)
+            x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *x.stride()[:3], HALF=head_dim // 2, ROWS=2,
+            PAIRS=width, num_warps=4)
+
+    @triton.jit
+    def store_pairs(row, pair, inside, a, b, inverse, HALF: tl.constexpr):
+        """Store pairs as FP8; that of a lies HALF before that of b."""
+        at = row + ((pair // HALF) * 2 * HALF + pair % HALF)[None, :]
+        tl.store(at, to_fp8(a * inverse), mask=inside)
+        tl.store(at + HALF, to_fp8(b * inverse), mask=inside)
 
     @triton.jit
     def _rope_backward_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr, R, T, pairs, kv_pairs,
@@ -683,36 +776,27 @@ if HAS_TRITON:
         q0, q1, _ = rotate(dq_ptr, b * dq_b + t * dq_t, j, of_q, cos_ptr, sin_ptr, t, dq_h, HALF, True)
         k0, k1, _ = rotate(dk_ptr, b * dk_b + t * dk_t, i, of_k, cos_ptr, sin_ptr, t, dk_h, HALF, True)
         of_v = (b * dv_b + t * dv_t)[:, None] + (i // HALF)[None, :] * dv_h + (i % HALF)[None, :]
-        v0 = tl.load(dv_ptr + of_v, mask=of_k, other=0.0).to(tl.float32)
-        v1 = tl.load(dv_ptr + of_v + HALF, mask=of_k, other=0.0).to(tl.float32)
+        v0, v1 = load_pairs(dv_ptr, of_v, of_k, HALF)
         of_kv = tl.maximum(tl.maximum(magnitude(k0), magnitude(k1)), tl.maximum(magnitude(v0), magnitude(v1)))
         amax = tl.maximum(tl.max(tl.maximum(magnitude(q0), magnitude(q1)), axis=1), tl.max(of_kv, axis=1))
         scale, inverse = scale_of(amax[:, None], "up")
         tl.store(scale_ptr + r[:, None], scale)
-        at_q = (j // HALF) * 2 * HALF + j % HALF      # the first of a pair; the other lies HALF further on
-        at_k = (i // HALF) * 2 * HALF + i % HALF
         row = q_ptr + r.to(tl.int64)[:, None] * (2 * pairs + 4 * kv_pairs)
-        tl.store(row + at_q[None, :], to_fp8(q0 * inverse), mask=of_q)
-        tl.store(row + (at_q + HALF)[None, :], to_fp8(q1 * inverse), mask=of_q)
-        row += 2 * pairs
-        tl.store(row + at_k[None, :], to_fp8(k0 * inverse), mask=of_k)
-        tl.store(row + (at_k + HALF)[None, :], to_fp8(k1 * inverse), mask=of_k)
-        row += 2 * kv_pairs
-        tl.store(row + at_k[None, :], to_fp8(v0 * inverse), mask=of_k)
-        tl.store(row + (at_k + HALF)[None, :], to_fp8(v1 * inverse), mask=of_k)
+        store_pairs(row, j, of_q, q0, q1, inverse, HALF)
+        store_pairs(row + 2 * pairs, i, of_k, k0, k1, inverse, HALF)
+        store_pairs(row + 2 * pairs + 2 * kv_pairs, i, of_k, v0, v1, inverse, HALF)
 
     def rope_backward_triton(dq, dk, dv, cos, sin):
         B, T, heads, head_dim = dq.shape
         pairs, kv_pairs = heads * head_dim // 2, dk.shape[2] * head_dim // 2
         dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
-        q = torch.empty(B * T, 2 * pairs + 4 * kv_pairs, device=dq.device, dtype=E4M3.dtype)
-        scale = torch.empty(B * T, 1, device=dq.device)
-        width, kv_width = power_of_two_from(pairs), power_of_two_from(kv_pairs)
+        q, width = empty_rows(B * T, 2 * pairs + 4 * kv_pairs, dq.device), power_of_two_from(pairs)
         rows = max(1024 // width, 1)
         _rope_backward_kernel[(cdiv(B * T, rows),)](
-            dq, dk, dv, cos, sin, q, scale, B * T, T, pairs, kv_pairs, *dq.stride()[:3], *dk.stride()[:3],
-            *dv.stride()[:3], HALF=head_dim // 2, ROWS=rows, PAIRS=width, KV_PAIRS=kv_width, num_warps=4)
-        return Quantized(q, scale, (1, ALL))
+            dq, dk, dv, cos.contiguous(), sin.contiguous(), q.data, q.scale, B * T, T, pairs, kv_pairs,
+            *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], HALF=head_dim // 2, ROWS=rows, PAIRS=width,
+            KV_PAIRS=power_of_two_from(kv_pairs), num_warps=4)
+        return q
 
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
@@ -728,35 +812,19 @@ if HAS_TRITON:
         tl.store(out_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
     def transpose_triton(q, row_factor=None):
-        R, C = q.shape
-        out = torch.empty(C, R, device=q.device, dtype=q.dtype)
-        grid = (cdiv(R, 64), cdiv(C, 256))
-        _transpose_kernel[grid](q.contiguous(), row_factor, out, R, C, HAS_FACTOR=row_factor is not None,
-                                IS_E4M3=format_of(q) is E4M3, BLOCK_R=64, BLOCK_C=256, num_warps=8)
+        (R, C), out = q.shape, torch.empty(q.shape[::-1], device=q.device, dtype=q.dtype)
+        factor = None if row_factor is None else row_factor.contiguous()
+        _transpose_kernel[cdiv(R, 64), cdiv(C, 256)](
+            q.contiguous(), factor, out, R, C, HAS_FACTOR=factor is not None, IS_E4M3=format_of(q) is E4M3,
+            BLOCK_R=64, BLOCK_C=256, num_warps=8)
         return out
 
 
 # ---------------------------------------------------------------------------------------------------
-# Weights
-
-def quantize_weight(weight, recipe, scale=None):
-    """W (N outputs, K inputs) -> FP8 W for fprop, Y = X W^T, which sums over K, and FP8 W^T (K, N) for dgrad,
-    dX = dY W, which sums over N.
-
-    One scale per tensor or per square block serves both; blocks of 1 x 32 lie along the sum, so `mx` rounds W
-    once for each. `scale` (1, 1) comes from autoscale.py for the recipes that scale per tensor.
-    """
-    w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
-    if recipe.weight_block[0] != recipe.weight_block[1]:
-        return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
-    return w, Quantized(transpose(w.data), w.scale.t().contiguous(), w.block)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What `python microscale.py` shows
+# What `python microscale.py` prints
 
 def sqnr(x, approximation, group=None):
-    """10 log10(sum x^2 / sum (x - approximation)^2) in dB: of the tensor, or the mean over groups within rows."""
+    """Return 10 log10(sum x^2 / sum error^2) in dB: of the tensor, or the mean over groups within rows."""
     signal = x.double().reshape(-1, group or x.numel()).square().sum(1)
     noise = (x.double() - approximation.double()).reshape(-1, group or x.numel()).square().sum(1)
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
@@ -786,15 +854,15 @@ def transformer_layer(x, linear, heads=4):
 
 
 def real_data(steps=120, batch=4, T=64, d=256):
-    """Inputs X and output gradients dY (batch T, width) in the second of two layers, trained on the bytes of a file."""
+    """Return X and dY (batch T, width) of the second of two layers, trained on the bytes of a Python file."""
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
     torch.manual_seed(0)
     sizes = {"qkv": (d, 3 * d), "out": (d, d), "gate_up": (d, 6 * d), "down": (3 * d, d)}
     first, second = (nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2))
     embedding, head, data = nn.Embedding(256, d), nn.Linear(d, 256), {}
-    for name, linear in second.items():
-        linear.register_forward_hook(lambda _, x, y, n=name: data.update({f"X of {n}": x[0].detach().flatten(0, 1)}))
-        linear.register_full_backward_hook(lambda _, dx, dy, n=name: data.update({f"dY of {n}": dy[0].flatten(0, 1)}))
+    for n, linear in second.items():
+        linear.register_forward_hook(lambda _, x, y, n=n: data.update({f"X of {n}": x[0].detach().flatten(0, 1)}))
+        linear.register_full_backward_hook(lambda _, dx, dy, n=n: data.update({f"dY of {n}": dy[0].flatten(0, 1)}))
     optimizer = torch.optim.AdamW(nn.ModuleList([embedding, first, second, head]).parameters(), lr=2e-3)
     for _ in range(steps):
         tokens = text[torch.randint(len(text) - T, (batch, 1)) + torch.arange(T + 1)].long()  # (batch, T + 1)
@@ -807,7 +875,7 @@ def real_data(steps=120, batch=4, T=64, d=256):
 
 
 def move(x):
-    """X (R, C), quantized per row as `moss` does, -> X^T (C, R) under one scale: the scaling-aware transpose."""
+    """Return X^T (C, R) of `moss`, under one scale: the scaling-aware transpose."""
     q = QUANTIZERS["moss"](x)
     common = q.scale.amax().view(1, 1)
     return Quantized(transpose_reference(q.data, q.scale / common), common, (ALL, ALL))
@@ -818,30 +886,30 @@ def score(x, q):
 
 
 TABLES = [("""\
-1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a small
-   transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
+1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a
+   small transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
            {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTIZERS.items()}, """\
-A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor pushes
-   into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else; s = 1 moves a line
-   by a fraction of a dB. moss, folded to a scale per row, rescues what is small in its row only in part. FP32 scales
-   store a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
+A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor
+   pushes into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else.
+   s = 1 moves a line by a fraction of a dB. moss rescues only in part what is small in its row. FP32 scales store
+   a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
           ("2. The same with a uniform element, an 8-bit integer",
            {n: lambda x, q=QUANTIZERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
-An integer has no exponent: a scale that fits its block is precision. Of the tensor, MOSS's Theorem 1 (tensor < group <
-   two-level) holds where sizes differ much inside a group: outlier channels, X of down, dY of gate_up. Elsewhere
-   rounding scales up to powers of two costs about what smaller blocks gain, or more. For E4M3, of the tensor
-   again, it holds nowhere."""),
+An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (SQNR of tensor < group <
+   two-level, over the tensor) holds where sizes differ much inside a group: outlier channels, X of down, dY of
+   gate_up. Elsewhere scales rounded up to powers of two cost about what smaller blocks gain, or more. For E4M3
+   it holds nowhere."""),
           ("""\
-3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes: "once" from
-   X, "twice" from the quantized X, which is quantized again, "moved" its FP8 numbers, brought to one scale""",
+3. Folding: share of values changed, energy of the change. Then SQNR of X^T, where X is needed along both axes:
+   "once" from X; "twice" from the quantized X, quantized again; "moved": its FP8 numbers, brought to one scale""",
            {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
             "moved": lambda x: score(x.t(), move(x)),
             "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
             "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
             "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
-Folding changes values of about 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that counts.
-   FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on real tensors. Powers
-   of two share one grid. So does moved, the scaling-aware transpose, in FP8 alone; tokens 10^4 smaller lose bits.""")]
+Folding changes values of about 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that
+   counts. FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on real
+   tensors. Powers of two share one grid, and so does moved, in FP8 alone; tokens 10^4 smaller lose bits.""")]
 
 
 def plot_sqnr(data, path):
@@ -856,37 +924,35 @@ def plot_sqnr(data, path):
 
 
 def show_bandwidth(T=16384, d=4096, ffn=11008):
-    """Every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
+    """Print the time of every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
     from triton.testing import do_bench
     shapes = (T, d), (T, 2 * ffn), (T, ffn), (d,), (8, T // 8, 3 * d // 128, 128)
     x, h, da, row, qkv = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    q, scale = quantize(x, E4M3, (1, ALL), "up"), torch.full((1, 1), 0.01, device="cuda")
-    factor, h_q = q.scale / q.scale.max(), swiglu_rows(h)[1]
-    angles = torch.randn(2, T // 8, 64, device="cuda").unbind()
+    q, h_q, scale = quantize(x, E4M3, (1, ALL)), swiglu_rows(h)[1], torch.full((1, 1), 0.01, device="cuda")
+    factor, angles = q.scale / q.scale.max(), torch.randn(2, T // 8, 64, device="cuda").unbind()
     dq, dk, dv = (z.contiguous() for z in qkv.chunk(3, dim=2))
-    kernels = {  # name: (function, bytes it has to move)
-        "quantize rows": (lambda: quantize(x, E4M3, (1, ALL), "up"), 3 * T * d),
-        "quantize 1 x 128": (lambda: quantize(x, E4M3, (1, 128), "fp32"), 3 * T * d),
-        "RMSNorm, quantize rows": (lambda: norm_rows(x, "rms", row), 3 * T * d),
-        "LayerNorm, quantize rows": (lambda: norm_rows(x, "layer"), 3 * T * d),
-        "RoPE of q and k, in place": (lambda: rope_(qkv[:, :, :-d // 128], *angles), 8 * T * d),
-        "RoPE backward, quantize rows": (lambda: rope_backward(dq, dk, dv, *angles), 9 * T * d),
-        "SwiGLU, quantize rows": (lambda: swiglu_rows(h), 7 * T * ffn),
-        "SwiGLU backward, quantize rows": (lambda: swiglu_backward(h_q, da), 6 * T * ffn),
-        "quantize X and X^T, scale given": (lambda: quantize_both(x, E4M3, scale), 4 * T * d),
-        "FP8 X to X^T, a factor per row": (lambda: transpose(q.data, factor), 2 * T * d)}
+    kernels = {  # name: (bytes it has to move, function)
+        "quantize rows": (3 * T * d, lambda: quantize(x, E4M3, (1, ALL), "up")),
+        "quantize 1 x 128": (3 * T * d, lambda: quantize(x, E4M3, (1, 128), "fp32")),
+        "RMSNorm, quantize rows": (3 * T * d, lambda: norm_rows(x, "rms", row)),
+        "LayerNorm, quantize rows": (3 * T * d, lambda: norm_rows(x, "layer")),
+        "RoPE of q and k, in place": (8 * T * d, lambda: rope_(qkv[:, :, :-d // 128], *angles)),
+        "RoPE backward, quantize rows": (9 * T * d, lambda: rope_backward(dq, dk, dv, *angles)),
+        "SwiGLU, quantize rows": (7 * T * ffn, lambda: swiglu_rows(h)),
+        "SwiGLU backward, quantize rows": (6 * T * ffn, lambda: swiglu_backward(h_q, da)),
+        "quantize X and X^T, scale given": (4 * T * d, lambda: quantize_both(x, E4M3, scale)),
+        "FP8 X to X^T, a factor per row": (2 * T * d, lambda: transpose(q.data, factor))}
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
-    for name, (function, nbytes) in kernels.items():
-        source = torch.randn(nbytes // 4, device="cuda", dtype=torch.bfloat16)
-        target = torch.empty_like(source)
+    for name, (nbytes, function) in kernels.items():
+        source, target = torch.empty(2, nbytes // 4, device="cuda", dtype=torch.bfloat16).unbind()
         ms, copy = (do_bench(f, return_mode="median") for f in (function, lambda: target.copy_(source)))
         print(f"   {name:34}{1e3 * ms:7.0f}{nbytes / ms * 1e-9:7.2f}{copy / ms:8.0%}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Scales of every recipe, and what they keep of a tensor.")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw table 1 for the real tensors (needs matplotlib)")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw table 1 for the real tensors")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the operations here are small; on a busy machine more threads only wait
     real = real_data()
