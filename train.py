@@ -5,22 +5,18 @@ Train a language model in FP8.
     python train.py --fp8 none                  # the same run in BF16 (FP32 on a CPU), to compare with
     python train.py --model 1b --data tokens/   # a preset of model.py on your own data
     python train.py --resume                    # go on from the newest checkpoint in out/, with its options
-    torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64            # eight GPUs of one node
+    torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64        # eight GPUs of one node
     torchrun --nnodes 4 --nproc_per_node 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        train.py --resume --model olmo-7b --data tokens/ --shard                         # on each of four nodes
+        train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
 
-Options are the fields of Config; `--help` lists them. Runs that differ in `--fp8` alone see the same data in the
-same order from the same initial weights. With the same `--accum`, so do runs on any number of GPUs.
-
-Reading order: the options; what FP8 adds to training; the loop. Then what the loop calls: what is watched, data,
-several ranks, the run's folder. Last, what there is besides training: --eval_only, --sample, --plot, --bench.
+Runs that differ in `--fp8` alone see the same data in the same order from the same initial weights. With the
+same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the loop;
+what the loop calls (what is watched, data, several ranks, the run's folder); what there is besides training.
 """
-
 import argparse
 import dataclasses
 import gc
 import glob
-import io
 import itertools
 import json
 import math
@@ -52,7 +48,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, picture
-from microscale import ALL, HAS_TRITON, RECIPES, Quantized, cdiv, has_fp8_tensor_cores, transpose
+from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
@@ -64,6 +60,11 @@ class RunError(Exception):
     """The run went wrong and cannot go on. Exit code 1."""
 
 
+def need(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Options
 
@@ -73,16 +74,16 @@ def opt(default, help):
 
 @dataclass
 class Config:
-    # what to train; None: see DEFAULTS and `resolve`
+    # what to train; a default of None depends on the preset (DEFAULTS) or the machine (`resolve`)
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
     layers: int = opt(None, "blocks of the model (default: the preset's)")
-    data: str = opt(None, "folder of .bin, .npy or text files, or such a file, or a pattern in quotes: 'tokens/*.bin' "
+    data: str = opt(None, "folder of .bin, .npy or text files, one file, or a pattern in quotes: 'tokens/*.bin' "
                           "(default: Python's standard library)")
     out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, never overwritten")
     steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
-    accum: int = opt(None, "micro-batches per optimizer step, over all ranks together (default: by preset)")
+    accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)")
     seq: int = opt(None, "tokens per sequence (default: the preset's)")
     # optimizer: AdamW
     lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine (default: by preset)")
@@ -92,7 +93,7 @@ class Config:
     weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
     clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it")
     rescale_interval: int = opt(500, "steps between measurements of predicted weight scales; 0 = never")
-    spike: float = opt(100, "skip a step whose gradient norm is so many times the median of the last 100; 0 = never")
+    spike: float = opt(100, "skip a step whose gradient norm is so many times the median of 100; 0 = never")
     max_skips: int = opt(5, "stop after so many skipped steps in a row: spikes, or a loss that is not finite")
     # watching and saving
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
@@ -101,18 +102,19 @@ class Config:
     keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays as well")
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
-    recompute: str = opt("none", "computed again in the backward pass, not kept: none, or block (all but its input)")
+    recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
     eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
-    shard: bool = opt(False, "each rank keeps FP32 weights and Adam's moments of its share of the layers alone "
-                             "(ZeRO-1), and ranks exchange FP8 weights; for --fp8 moss")
+    shard: bool = opt(False, "ranks keep FP32 weights and Adam's moments of their share of the layers alone "
+                             "(ZeRO-1), and exchange FP8 weights; for --fp8 moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
-    resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options; without one, begin")
-    eval_only: bool = opt(False, "loss of the newest checkpoint in --out; of recipes in --fp8 a,b,c gradients as well")
+    resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options, or begin")
+    eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
     bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens")
+    given = ()   # no option: the names of those that the command line gave
 
 
 MODES = ("resume", "eval_only", "sample", "plot", "bench")
@@ -130,7 +132,7 @@ LIMITS = {   # the least and the most that make sense
 
 
 def parse_config(argv=None):
-    """Return the Config of a command line. Its attribute `given` names the options that stand there."""
+    """Return the Config of a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group()
@@ -140,35 +142,33 @@ def parse_config(argv=None):
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))   # --max_skips or --max-skips
         (modes if f.name in MODES else parser).add_argument(*names, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    if empty := [name for name, value in given.items() if value == ""]:
-        raise UserError(f"--{empty[0]} is empty: give it a value, or leave it out")
+    for name, value in given.items():
+        need(value != "", f"--{name} is empty: give it a value, or leave it out")
     config = Config(**given)
-    config.given = set(given)
+    config.given = given
     return config
 
 
 def recall(c, saved, say):
     """Take from the options of a checkpoint's run those that the command line does not give. Say what differs."""
     for name, value in saved.items():
-        if name in (*MODES, "out", "device"):   # of this start alone
+        if name in (*MODES, "out", "device") or not hasattr(c, name):   # a fork may know fewer options
             continue
-        if not hasattr(c, name):
-            say(f"note: the run had --{name} {value}, an option that does not exist any more")
-        elif name not in getattr(c, "given", ()):
+        if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
 def resolve(c, device, world):
-    """Fill in the defaults that depend on preset, device and number of ranks. UserError for what cannot work."""
+    """Fill in the defaults that depend on preset and machine. UserError for what cannot work."""
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
     for option, values, known in (("fp8", recipes, RECIPES), ("model", [c.model], PRESETS),
                                   ("recompute", [c.recompute], RECOMPUTE)):
-        if unknown := [value for value in values if value not in known]:
-            raise UserError(f"--{option} {unknown[0]} is unknown: choose one of {', '.join(known)}")
+        for value in values:
+            need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
     defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
     for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
         if getattr(c, name) is None:
@@ -177,21 +177,18 @@ def resolve(c, device, world):
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     c.data = c.data and os.path.abspath(c.data)   # so that --resume finds it from any folder
     for name, (least, most) in LIMITS.items():
-        if not least <= getattr(c, name) <= most:
-            raise UserError(f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    tokens = c.batch * c.seq
-    if max(tokens, c.batch * c.eval_batches) >= 2**31:
-        raise UserError(f"--batch {c.batch} with --seq {c.seq} and --eval_batches {c.eval_batches} is more than any "
-                        f"machine holds: lower --batch")
-    if c.fp8 != "none" and tokens % 16:
-        raise UserError(f"--batch {c.batch} x --seq {c.seq} = {tokens} tokens, not a multiple of 16, which --fp8 "
-                        f"{c.fp8} needs to sum over them: change --batch or --seq")
-    if c.accum % world:
-        raise UserError(f"--accum {c.accum} micro-batches do not divide by {world} ranks: use --accum "
-                        f"{cdiv(c.accum, world) * world}")
-    if c.shard and any(fp8 == "none" or RECIPES[fp8].weight_scale != "predicted" for fp8 in recipes):
-        raise UserError(f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: to "
-                        f"measure them a rank would have to see all weights")
+        need(least <= getattr(c, name) <= most,
+             f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
+    need(c.batch * max(c.seq, c.eval_batches) < 2**31,
+         f"--batch {c.batch}: with --seq {c.seq} and --eval_batches {c.eval_batches} no machine holds it, lower it")
+    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which --fp8 {c.fp8} "
+         f"needs to sum over them: change --batch or --seq")
+    need(c.accum % world == 0, f"--accum {c.accum} micro-batches do not divide by {world} ranks: use --accum "
+                               f"{-(-c.accum // world) * world}")
+    need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
+         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: to measure them a rank "
+         f"would have to see all weights")
     return c
 
 
@@ -211,13 +208,13 @@ def make_optimizer(model, c, shards=None):
     groups = [{"params": params, "weight_decay": decay}
               for params, decay in zip(kinds, (c.weight_decay, c.weight_decay, 0.0)) if params]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
-    if model.recipe and model.recipe.weight_scale == "predicted":
-        return FP8AdamW(groups, [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"], **options)
-    return torch.optim.AdamW(groups, **options)
+    if model.recipe is None or model.recipe.weight_scale != "predicted":
+        return torch.optim.AdamW(groups, **options)
+    return FP8AdamW(groups, [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"], **options)
 
 
 def make_scales(model, optimizer, c):
-    """Return the WeightScales of all layers (autoscale.py), or None if the recipe scales by blocks or not at all."""
+    """Return the WeightScales of all layers (autoscale.py), or None if the recipe does not scale per tensor."""
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
     if model.recipe.weight_scale == "predicted":
@@ -225,7 +222,8 @@ def make_scales(model, optimizer, c):
             check_optimizer(optimizer)
         except ValueError as e:
             raise UserError(f"--fp8 {c.fp8} cannot predict weight scales: {e}; or use --fp8 tensor") from None
-    return WeightScales([layer.weight for layer in model.linears()], model.recipe.weight_scale, c.rescale_interval)
+    weights = [layer.weight for layer in model.linears()]
+    return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
 
 
 def requantize(model, scales, shards=None):
@@ -291,7 +289,7 @@ def make_model(c, device, vocab=None):
 
 
 def build(c, device):
-    """Return (model, training Batches, validation Batches). UserError for what is wrong with data and shapes."""
+    """Return (model, training Batches, validation Batches). UserError for what is wrong with data or shapes."""
     try:
         train_tokens, val_tokens, vocab = open_data(c.data)
     except OSError as e:
@@ -342,7 +340,6 @@ def train(config):
 def run(config, ranks, files):
     device, main, say, out = ranks.device, ranks.rank == 0, ranks.say, Path(config.out)
     out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
-    held = lock(out, files) if main and holds_run(out) else None
     saved = newest_checkpoint(out, ranks) if config.resume else None
     if saved:
         recall(config, saved["config"], say)
@@ -376,19 +373,18 @@ def run(config, ranks, files):
     ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
 
     say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    say(f"model   {c.model}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary "
-        f"{model.config.vocab}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"model   {c.model}: {size:,} parameters, vocabulary {model.config.vocab}")
     say("data    {:,} training and {:,} validation tokens of {}".format(*read, c.data or "Python's own source"))
     say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
     if saved:
-        say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
-            f"{ranks.world} go on")
+        say(f"resumed {saved['path']}, written by {len(saved['files'])} ranks, on {ranks.world}")
     stop.in_loop = True
     val_loss = evaluate(model, val_batches, ranks)
     say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
 
     # From here on files are written.
-    log = Log(out, c, ranks, progress.step, held, files) if main else None
+    log = Log(out, c, ranks, progress.step, files) if main else None
     saver = Saver(out, c.keep, ranks)
     trained = [p for p in model.parameters() if p.requires_grad and (not shards or shards.mine(p))]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
@@ -409,7 +405,7 @@ def run(config, ranks, files):
         shared = all_reduce(torch.cat((loss.view(1), flags)))
         loss, stopping, written, norm_value = torch.cat((shared, norm.view(1))).tolist()
 
-        spike = c.spike and len(progress.norms) >= 20 and norm_value > c.spike * statistics.median(progress.norms)
+        spike = len(progress.norms) >= 20 and norm_value > (c.spike or 1e30) * statistics.median(progress.norms)
         if math.isfinite(loss) and math.isfinite(norm_value) and not spike:
             progress.updates, in_a_row = progress.updates + 1, 0
             progress.norms = [*progress.norms[-99:], norm_value]
@@ -417,12 +413,12 @@ def run(config, ranks, files):
             update_weights(optimizer, model, scales, lr, progress.updates, c, shards)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
-            say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay as they were")
+            say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
             if in_a_row >= c.max_skips:
                 saver.finish()
                 first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
-                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look at "
-                               f"the data; {last_good(out)}")
+                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look "
+                               f"at the data; {last_good(out)}")
         model.zero_grad(set_to_none=ddp is model)   # DDP: the gradients stay in its buckets, one copy
         progress.step = step = step + 1
 
@@ -430,7 +426,7 @@ def run(config, ranks, files):
         if evaluating:
             val_loss = evaluate(model, val_batches, ranks)
             progress.best = min(progress.best, (val_loss, step))
-            check_same(scales and scales.scale.tolist(), "weight scales: do all run the same version of the code?")
+            check_same(scales and scales.scale.tolist(), "weight scales: do all run the same code?")
         if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
             saver.save(own_state(model, optimizer, owner, scales, ranks),
                        {"step": step, "progress": asdict(progress), "read": read, "config": asdict(c),
@@ -439,8 +435,8 @@ def run(config, ranks, files):
             saver.finish()
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "tokens_per_s": round(speed, 1),
-                      **mfu(model, speed / ranks.world, device), **health, "skipped": progress.skipped,
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "skipped": progress.skipped,
+                      "tokens_per_s": round(speed, 1), **mfu(model, speed / ranks.world, device), **health,
                       **({"val_loss": val_loss} if evaluating else {})}
             if main:
                 log.write(record)
@@ -455,9 +451,10 @@ def run(config, ranks, files):
         return None
     if main:
         say(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
-    summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step, "tokens": step * tokens_per_step,
-               "train_loss": round(loss, 4), "val_loss": round(val_loss, 4), "skipped_steps": progress.skipped,
-               "tokens_per_s": round((step - first_step) * tokens_per_step / seconds), "time": clock(seconds)}
+    summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
+               "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(val_loss, 4),
+               "skipped_steps": progress.skipped, "time": clock(seconds),
+               "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     for key, value in summary.items():
@@ -488,7 +485,7 @@ def scale_health(model, scales, shards=None):
 
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
-    """Return the name of what is not finite: the first layer's output, else the first gradient from the loss back."""
+    """Return what is not finite: the output of the first such layer, else the first gradient from the loss back."""
     bad = []   # hooks and `fused` stay as they are made here: the run ends
     for name, module in model.named_modules():
         if not list(module.children()):
@@ -513,10 +510,10 @@ def progress_line(record, c, seconds_left):
     parts = {"loss": "loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
              "mfu": "MFU {mfu:.1%}", "scale_ratio": "scale x{scale_ratio:.3f}",
              "saturated": "saturated {saturated:.2%}, {saturated_grad:.2%}",   # of activations, of gradients
-             "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of gradients in wgrad
+             "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of those in wgrad
              "val_loss": "validation loss {val_loss:.4f}"}
-    shown = [text.format(**record) for key, text in parts.items() if key in record]
-    return "  ".join([f"step {record['step']:>{len(str(c.steps))}}/{c.steps}", *shown, f"{clock(seconds_left)} left"])
+    shown = "  ".join(text.format(**record) for key, text in parts.items() if key in record)
+    return f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  {shown}  {clock(seconds_left)} left"
 
 
 def device_name(device):
@@ -525,11 +522,11 @@ def device_name(device):
 
 def numerics(fp8, device):
     """Return in one line what computes the linear layers here, in training and evaluation alike."""
-    name = device_name(device)
+    on = f"on {device_name(device)}"
     if fp8 == "none":
-        return f"{'BF16' if device.type == 'cuda' else 'FP32'} on {name}"
+        return f"{'BF16' if device.type == 'cuda' else 'FP32'} {on}"
     why = "without Triton" if device.type == "cuda" and not HAS_TRITON else "which has no FP8 kernels"
-    return f"FP8 kernels on {name}" if has_fp8_tensor_cores(device) else f"FP8 emulated on {name}, {why}"
+    return f"FP8 kernels {on}" if has_fp8_tensor_cores(device) else f"FP8 emulated {on}, {why}"
 
 
 # Dense BF16 peak in TFLOP/s by the vendors' data sheets, by a part of the device's name: the first match counts.
@@ -552,9 +549,8 @@ def sample(model, batches, device, seed, prompt=None, count=200):
         ids = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
-    if not 0 <= min(ids, default=-1) <= max(ids, default=-1) < model.config.vocab:
-        raise UserError(f"--sample {prompt} is not a sequence of token ids below {model.config.vocab}, which is what "
-                        f"this model was trained on: give some of them")
+    need(0 <= min(ids, default=-1) <= max(ids, default=-1) < model.config.vocab,
+         f"--sample {prompt}: this model was trained on token ids below {model.config.vocab}, give some of them")
     generator = torch.Generator(device).manual_seed(seed)
     tokens = model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
@@ -564,53 +560,55 @@ def sample(model, batches, device, seed, prompt=None, count=200):
 # Data: tokens that lie in files and stay there
 
 class Tokens:
-    """Tokens first ... first + count - 1 of files that follow each other: list of (path, offset in bytes, tokens).
+    """Tokens `first` and on, `count` of them, in files that follow each other, read window by window.
 
-    They are read window by window through numpy.memmap. dtype: what one token is in the files.
+    files: list of (path, offset in bytes, tokens); dtype: what one token is in them.
     """
 
     def __init__(self, files, dtype, first=0, count=None):
         self.files, self.dtype, self.first = [file for file in files if file[2]], np.dtype(dtype), first
-        self.ends = np.cumsum([0, *(count for _, _, count in self.files)], dtype=np.int64)[1:]
-        self.count = (int(self.ends[-1]) if self.files else 0) - first if count is None else count
+        self.ends = np.cumsum([size for _, _, size in self.files], dtype=np.int64)
+        self.count = sum(size for _, _, size in files) - first if count is None else count
 
     def __len__(self):
         return self.count
 
+    def file_of(self, position):
+        return int(np.searchsorted(self.ends, self.first + position, side="right"))
+
     def read(self, start, count):
         """Return tokens start ... start + count - 1 as int64, across file boundaries."""
-        pieces, start = [], self.first + start
-        while count > 0:
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            path, offset, size = self.files[i]
-            first = start - (int(self.ends[i]) - size)
-            take = min(count, size - first)
-            window = np.memmap(str(path),   # mapped anew each time: a map keeps every page that it has touched
-                               self.dtype, mode="r", offset=offset + first * self.dtype.itemsize, shape=(take,))
-            pieces.append(window.astype(np.int64))
-            start, count = start + take, count - take
+        pieces, stop = [], start + count
+        while start < stop:
+            i = self.file_of(start)
+            path, offset, _ = self.files[i]
+            take = min(stop - start, int(self.ends[i]) - self.first - start)
+            skip = self.first + start - (int(self.ends[i]) - self.files[i][2])
+            pieces.append(np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
+                                    self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64))
+            start += take
         return np.concatenate(pieces)
 
 
 def token_file(path):
-    """Return ((path, offset, tokens), dtype) of a file: a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
+    """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r")
-            if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise ValueError(f"it holds {array.dtype} of shape {array.shape}")
+            need(array.ndim == 1 and array.dtype.kind in "iu", f"--data: {path} holds {array.dtype} of shape "
+                 f"{array.shape}: tokens are a one-dimensional array of integers")
         except (ValueError, EOFError, AttributeError) as e:
-            raise UserError(f"--data: {path} is no .npy file of tokens ({str(e).partition(chr(10))[0]}): write a "
-                            f"one-dimensional array of integers with numpy.save") from None
+            raise UserError(f"--data: {path} is no .npy file of tokens ({str(e).partition(chr(10))[0]}): write it "
+                            f"with numpy.save") from None
         return (path, getattr(array, "offset", 0), len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c and modded-nanogpt: magic, version, number of tokens
-    is_shard = len(header) and header[0] == 20240520
-    if is_shard and (len(header) < 256 or header[1] != 1 or size != 1024 + 2 * int(header[2])) or size % 2:
-        raise UserError(f"--data: {path} has {size} bytes and begins with {header[:3]}: uint16 tokens are read, and "
-                        f"whole shards of version 1; copy it again")
+    is_shard = len(header) > 2 and header[0] == 20240520
+    need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
+         f"--data: {path} has {size} bytes and begins with {header[:3]}: uint16 tokens are read, and whole shards of "
+         f"version 1; copy it again")
     return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
 
 
@@ -620,11 +618,10 @@ def files_below(root):
         raise error
     found, seen = [], set()
     for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        below[:] = [name for name in below if real not in seen   # else a link led back here
-                    and name not in ("__pycache__", "site-packages") and name[0] != "."]
-        found += [Path(folder, name) for name in names if real not in seen and name[0] != "."]
-        seen.add(real)
+        new = os.path.realpath(folder) not in seen   # else a link led back here
+        seen.add(os.path.realpath(folder))
+        below[:] = [n for n in below if new and n not in ("__pycache__", "site-packages") and n[0] != "."]
+        found += [Path(folder, name) for name in names if new and name[0] != "."]
     return found
 
 
@@ -635,14 +632,13 @@ def data_files(source):
         top, files = root, [p for p in files_below(root) if source or p.suffix == ".py"]
     else:   # one file, or a pattern
         files = [root] if root.exists() else [Path(name) for name in glob.glob(str(root), recursive=True)]
-        if not files:
-            raise UserError(f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
-        if "**" in root.parts:   # glob passes over folders that cannot be read: say so instead
+        need(files, f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
+        if "**" in root.parts:   # glob passes over folders that cannot be read: this does not
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    of_runs = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # names that a run gives to what it writes
-    once = {os.path.realpath(p): p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts))
-            if p.is_file() and not any(re.fullmatch(of_runs, part) for part in p.relative_to(top).parts)}
+    of_runs = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # names of what runs write
+    once = {os.path.realpath(p): p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
+            and not any(re.fullmatch(of_runs, part) for part in p.relative_to(top).parts)}
     files = sorted(once.values(), key=lambda p: p.parts)
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zero bytes
@@ -652,27 +648,25 @@ def open_data(source):
     """Return (training Tokens, validation Tokens, vocabulary or None if the files do not say) of --data.
 
     Validation data are token files with the word val, valid or validation in their path below --data, or a text
-    file of that name (val.txt). Without these it is a twentieth: of the files, chosen by a checksum of their names,
-    if there are at least 40, else of the tokens, the last ones.
+    file of that name (val.txt). Without these it is a twentieth: of the files, chosen by a checksum of their
+    names, if there are at least 40, else of the tokens, the last ones.
     """
     paths, top = data_files(source)
     files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
-    if not sum(count for _, _, count in files):
-        raise UserError(f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
-    if len(set(dtypes)) > 1:
-        raise UserError(f"--data {source} mixes {' and '.join(sorted({str(d) for d in dtypes}))} tokens: keep one "
-                        f"kind per folder")
+    total = sum(count for _, _, count in files)
+    need(total, f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
+    need(len(set(dtypes)) == 1, f"--data {source} mixes {' and '.join(sorted({str(d) for d in dtypes}))} tokens: "
+                                f"keep one kind per folder")
     dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
-    held_out = [source is not None and len(paths) > 1 and bool(re.fullmatch(word, name, re.I | re.S))
-                for name in names]
+    held_out = [source is not None and len(paths) > 1 and bool(re.fullmatch(word, n, re.I | re.S)) for n in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
     if any(held_out):
         train, val = (Tokens([file for file, out in zip(files, held_out) if out == wanted], dtype)
                       for wanted in (False, True))
     else:
-        cut = int(sum(count for _, _, count in files) * (1 - 0.05))
+        cut = int(total * (1 - 0.05))
         train, val = Tokens(files, dtype, 0, cut), Tokens(files, dtype, cut)
     return train, val, 256 if dtype == np.uint8 else None
 
@@ -681,7 +675,7 @@ def shuffled(number, n, keys):
     """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
 
     A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone
-    whatever f does, so no two numbers meet. One that lands at n or above goes through again until it lands below.
+    whatever f does, so no two numbers meet. One that lands at n or above goes through again until it is below.
     """
     golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
@@ -702,19 +696,17 @@ class Batches:
     def __init__(self, tokens, config, vocab):
         self.tokens, self.config, self.vocab = tokens, config, vocab
         self.windows, self.ready = (len(tokens) - 1) // config.seq, None
-        if self.windows < 1:
-            raise UserError(f"--data has {len(tokens)} tokens for training or validation, fewer than one sequence of "
-                            f"--seq {config.seq} + 1: give more data or a shorter --seq")
+        need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
+                               f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
         self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now, not later
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64. UserError for a token that the model does not know."""
         windows = np.stack([self.tokens.read(int(start), self.config.seq + 1) for start in starts])
-        if windows.max() >= self.vocab or windows.min() < 0:
-            i, j = np.argwhere((windows >= self.vocab) | (windows < 0))[0]
-            at = np.searchsorted(self.tokens.ends, self.tokens.first + int(starts[i]) + j, side="right")
-            raise UserError(f"token id {windows[i, j]} in {self.tokens.files[at][0]} is outside the model's "
-                            f"vocabulary of {self.vocab}: is this the right data for --model {self.config.model}?")
+        for i, j in np.argwhere((windows >= self.vocab) | (windows < 0))[:1]:
+            path = self.tokens.files[self.tokens.file_of(int(starts[i]) + int(j))][0]
+            raise UserError(f"token id {windows[i, j]} in {path} is outside the model's vocabulary of "
+                            f"{self.vocab}: is this the right data for --model {self.config.model}?")
         windows = torch.from_numpy(windows)
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
@@ -725,10 +717,11 @@ class Batches:
         epoch, number = divmod(number, self.windows)
         rng = np.random.default_rng((self.config.seed, epoch))
         edge = int(rng.integers(len(self.tokens) - self.windows * self.config.seq))
-        return edge + self.config.seq * shuffled(number, self.windows, rng.integers(1 << 62, size=4).tolist())
+        keys = rng.integers(1 << 62, size=4).tolist()
+        return edge + self.config.seq * shuffled(number, self.windows, keys)
 
     def step(self, step, micro, device):
-        """Return micro-batch number `micro` (over all ranks) of a step: the next windows of the epoch's order."""
+        """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch's order."""
         ready, self.ready = self.ready, None
         if ready and ready[0] == (step, micro):
             return ready[1]
@@ -740,7 +733,7 @@ class Batches:
         self.ready = (step, micro), self.step(step, micro, device)
 
     def evaluation(self, i, device):
-        """Return micro-batch number i of eval_batches: evenly spaced windows, the same at every evaluation."""
+        """Return micro-batch i of eval_batches: evenly spaced windows, the same at every evaluation."""
         c = self.config
         starts = np.linspace(0, len(self.tokens) - c.seq - 1, c.eval_batches * c.batch).astype(np.int64)
         return self.load(starts[i * c.batch:(i + 1) * c.batch], device)
@@ -748,6 +741,20 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------------------
 # Several ranks
+
+stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told this process
+
+
+def on_signal(*_):
+    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before it they end the process.
+
+    Further signals change nothing, for schedulers and torchrun send several. kill -9 ends a run at once, and costs
+    the steps since the last checkpoint.
+    """
+    stop.received = True
+    if not stop.in_loop:
+        raise KeyboardInterrupt
+
 
 @dataclass
 class Ranks:
@@ -765,27 +772,26 @@ class Ranks:
 def start_ranks(name):
     """Return the Ranks of this process, which joins the others if torchrun started it.
 
-    PyTorch keeps the starts of torchrun apart by the number of restarts. (A node that joins or leaves is not counted
-    as one: then start all of them anew.)
+    PyTorch keeps the starts of torchrun apart by the number of restarts. (A node that joins or leaves is not
+    counted as one: then start all of them anew.)
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
-        raise UserError(f"--device {name} is no device, or not supported: use cpu, cuda or cuda:N")
+    need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if needed > torch.cuda.device_count():
-            raise UserError(f"--device {name}: GPU {needed - 1} is needed, but PyTorch sees "
-                            f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
+        need(needed <= torch.cuda.device_count(), f"--device {name}: {needed} GPUs are needed, PyTorch sees "
+             f"{torch.cuda.device_count()}: use --device cpu or start fewer ranks")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     try:   # 30 minutes: ranks may wait while a checkpoint is written
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30),
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
+                                device_id=device if gpu else None)
     except (ValueError, dist.DistError) as e:
-        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give each "
-                       f"job a --master_port or --rdzv_endpoint of its own") from None
+        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give "
+                       f"each job a --master_port or --rdzv_endpoint of its own") from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -804,7 +810,6 @@ def gather(thing):
 
 
 def check_same(thing, what):
-    """RunError unless all ranks have the same `thing`."""
     if any(other != thing for other in gather(thing)):
         raise RunError(f"the ranks have different {what}")
 
@@ -812,20 +817,20 @@ def check_same(thing, what):
 def data_parallel(model, device):
     """Return DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, during the backward pass."""
     gpu = device.type == "cuda"
-    for p in model.parameters():   # they move into DDP's buckets; those of a first micro-batch would lie beside them
+    for p in model.parameters():   # for DDP's buckets; those of a first micro-batch would lie beside them
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which a
-    # resumed run would not have had. (On GPUs attention alone makes two runs differ.)
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, gradient_as_bucket_view=True,
-                                  find_unused_parameters=not gpu, init_sync=False)   # `run` has sent the weights
+    # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which
+    # a resumed run would not have had. (On GPUs attention alone makes two runs differ.)
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, init_sync=False,
+                                  gradient_as_bucket_view=True, find_unused_parameters=not gpu)
     if gpu:
         ddp.register_comm_hook(None, bf16_compress_hook)
     return ddp
 
 
 def owners(model, world):
-    """Return {parameter: its rank}, which writes it to checkpoints and with --shard owns it. The largest come first,
-    each to the least loaded rank."""
+    """Return {parameter: its rank}, which writes it to checkpoints and with --shard owns it: the largest first, each
+    to the least loaded rank."""
     owner, load = {}, [0] * world
     for p in sorted(model.parameters(), key=lambda p: -p.numel()):
         owner[p] = load.index(min(load))
@@ -848,9 +853,8 @@ class Shards:
         self.layers = {layer.weight: layer for layer in model.linears() if layer.recipe}
         self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         self.parameters = list(model.parameters())
-        if ranks.world > len(self.parameters):
-            raise UserError(f"--shard: {ranks.world} ranks are more than the {len(self.parameters)} parameters to "
-                            f"own: use fewer ranks, or leave --shard out")
+        need(ranks.world <= len(self.parameters), f"--shard: {ranks.world} ranks are more than the "
+             f"{len(self.parameters)} parameters to own: use fewer ranks, or leave --shard out")
         for p in self.parameters:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self.send)
@@ -865,7 +869,7 @@ class Shards:
         if not self.sending:
             return
         gradient = p.grad.to(self.dtype) / self.ranks.world
-        p.grad = p.grad if self.mine(p) else p.detach()   # no memory; WeightScales sees that there was a gradient
+        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees that there was one
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
             self.receive(*self.sent.pop(0))
@@ -880,7 +884,8 @@ class Shards:
         while self.sent:
             self.receive(*self.sent.pop(0))
         zero = torch.zeros((), device=self.ranks.device)
-        norms = [get_total_norm([p.grad]) if self.mine(p) and p.grad is not None else zero for p in self.parameters]
+        norms = [get_total_norm([p.grad]) if self.mine(p) and p.grad is not None else zero
+                 for p in self.parameters]
         return torch.linalg.vector_norm(all_reduce(torch.stack(norms)))
 
     def share(self, scales, measured):
@@ -903,20 +908,6 @@ class Shards:
                 self.layers[p].set_copies((w, Quantized(transpose(w.data), w.scale, w.block)))
 
 
-stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told this process
-
-
-def on_signal(*_):
-    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before the loop they end the process.
-
-    Further signals change nothing, for schedulers and torchrun send several. kill -9 ends a run at once, and costs
-    the steps since the last checkpoint.
-    """
-    stop.received = True
-    if not stop.in_loop:
-        raise KeyboardInterrupt
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The run's folder: checkpoints and log
 
@@ -924,10 +915,6 @@ def checkpoints(out):
     """Return the checkpoints in a folder, which are folders step_00000100 and so on, the newest first."""
     found = [path for path in out.glob("step_*") if re.fullmatch("step_[0-9]+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def holds_run(out):
-    return (out / "log.jsonl").exists() or bool(checkpoints(out))
 
 
 def last_good(out):
@@ -942,9 +929,8 @@ def on_cpu(state):
     if not isinstance(state, torch.Tensor):
         return state
     copy = torch.empty(state.shape, dtype=state.dtype)
-    parts = (t.reshape(-1).chunk(8) for t in (copy, state.detach()))
-    with ThreadPoolExecutor(8 if state.numel() > 2**20 else 1) as pool:
-        # zero_ touches memory that is new, which takes longer than copying
+    parts = (t.reshape(-1).chunk(8 if t.numel() > 2**20 else 1) for t in (copy, state.detach()))
+    with ThreadPoolExecutor(8) as pool:   # zero_ touches memory that is new, which takes longer than copying
         list(pool.map(lambda new, old: new.zero_().copy_(old), *parts))
     return copy
 
@@ -956,20 +942,18 @@ def own_state(model, optimizer, owner, scales, ranks):
     return on_cpu({"parameters": own, "scales": scales.state_dict() if scales and ranks.rank == 0 else None})
 
 
-class SummedFile(io.BufferedWriter):
-    """A file, and the CRC32 of all that was written to it."""
-    crc = 0
-
-    def write(self, data):
-        self.crc = zlib.crc32(data, self.crc)
-        return super().write(data)
+def sums(path):
+    """Return [size in bytes, CRC32] of a file."""
+    data = np.memmap(path, mode="r")
+    return [len(data), zlib.crc32(data)]
 
 
 class Saver:
     """Write checkpoints in the background, while training goes on. All ranks call its methods together.
 
-    Each rank writes a file with what it owns into step_00000100.tmp/. When the files of all are whole, rank 0 writes
-    manifest.json, with their sizes and checksums, and renames the folder: a crash leaves a whole checkpoint or none.
+    Each rank writes a file with what it owns into step_00000100.tmp/. When the files of all are whole, rank 0
+    writes manifest.json, with their sizes and checksums, and renames the folder: a crash leaves a whole checkpoint
+    or none.
     """
 
     def __init__(self, out, keep, ranks):
@@ -986,11 +970,10 @@ class Saver:
         try:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"rank_{self.ranks.rank}.pt"
-            with SummedFile(open(path, "wb", buffering=0)) as f:
-                torch.save(own, f)
-                f.flush()
+            torch.save(own, path)
+            with open(path) as f:
                 os.fsync(f.fileno())
-            self.result = {path.name: [path.stat().st_size, f.crc]}
+            self.result = {path.name: sums(path)}
         except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing may pass for success here
             self.result = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
 
@@ -999,7 +982,7 @@ class Saver:
         return self.thread is not None and not self.thread.is_alive()
 
     def finish(self):
-        """Wait until the checkpoint that was begun is whole, or has failed. Return whether the last one was saved."""
+        """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
         if self.thread is None:
             return self.ok
         self.thread.join()
@@ -1015,8 +998,8 @@ class Saver:
         return self.ok
 
     def commit(self, results):
-        """Write the manifest, rename the folder, remove what is not to be kept. Return an error as text, or None."""
-        content = {**self.content, "files": {name: sums for result in results for name, sums in result.items()}}
+        """Write the manifest, rename the folder, remove old ones. Return an error as text, or None."""
+        content = {**self.content, "files": {name: read for result in results for name, read in result.items()}}
         try:
             with open(self.folder / "manifest.json", "w") as f:
                 json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
@@ -1032,7 +1015,7 @@ class Saver:
 
 
 def read_manifest(path):
-    """Return its content. ValueError if it is not what was written, or if the folder is named after another step."""
+    """Return its content. ValueError if it is not what was written, or if the folder has the name of another step."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
@@ -1052,29 +1035,24 @@ def newest_checkpoint(out, ranks):
     for path in found:
         try:
             saved, reason = read_manifest(path), None
-            for i, (name, sums) in enumerate(saved["files"].items()):
-                if i % ranks.world == ranks.rank:
-                    data = np.memmap(path / name, mode="r")
-                    reason = reason if [len(data), zlib.crc32(data)] == sums else f"{name} is not what was written"
+            for i, (name, written) in enumerate(saved["files"].items()):
+                if i % ranks.world == ranks.rank and sums(path / name) != written:
+                    reason = f"{name} is not what was written"
         except (OSError, ValueError, LookupError, TypeError) as e:
             reason = str(e) if type(e) is ValueError else type(e).__name__
         reason = next(filter(None, gather(reason)), None)
         if not reason:
             return saved
         ranks.say(f"note: {path} is damaged ({reason}); looking for the one before it")
-    if found:
-        raise UserError(f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
+    need(not found, f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
 
 
 def load_state(saved, model):
-    """Return {"parameters": by name, "scales"} of a checkpoint; what is not used is not read from its files.
-
-    UserError if it is a checkpoint of another model.
-    """
+    """Return {"parameters": by name, "scales"} of a checkpoint; what is not used is not read from its files."""
     for name, value in asdict(model.config).items():
-        if name != "seq" and saved["model_config"].get(name, value) != value:
-            raise UserError(f"{saved['path']} holds a model with {name} = {saved['model_config'][name]}, but {name} = "
-                            f"{value} is asked for: use the --model and --data that it was trained with")
+        was = saved["model_config"].get(name, value)
+        need(name == "seq" or was == value, f"{saved['path']} holds a model with {name} = {was}, but {name} = {value} "
+             f"is asked for: use the --model and --data that it was trained with")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
     return {"parameters": {name: kept for part in parts for name, kept in part["parameters"].items()},
@@ -1119,34 +1097,31 @@ def restore_training(state, saved, model, optimizer, scales, progress, c, read, 
     restore_scales(state, saved, scales, c)
 
 
-def lock(out, files):
-    """Lock a folder for this run, until `files` closes. UserError if another run holds it."""
-    try:
-        import fcntl
-    except ImportError:   # Windows
-        return None
-    held = files.enter_context(open(out / ".lock", "a"))
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-    except OSError:   # a file system without locks: do without
-        pass
-    return held
-
-
 def check_folders(c):
     """UserError for folders that cannot be written, or whose renaming would take other things along."""
     for option, folder in (("out", c.out), ("tensorboard", c.tensorboard)):
         path = Path(folder or ".").absolute()
         nearest = next(p for p in (path, *path.parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
-    if any(p.resolve().is_relative_to(Path(c.out).resolve()) for p in (Path.cwd(), Path(c.data or "."))):
-        raise UserError(f"--out {c.out} holds the current folder or --data, and is renamed when another run begins "
-                        f"in it: give a folder of its own")
-    if c.tensorboard and not find_spec("tensorboard"):
-        raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out")
+        need(nearest.is_dir() and os.access(nearest, os.W_OK),
+             f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
+    for path in (Path.cwd(), Path(c.data or ".")):
+        need(not path.resolve().is_relative_to(Path(c.out).resolve()), f"--out {c.out} holds {path}, and is renamed "
+             f"when another run begins in it: give a folder of its own")
+    need(not c.tensorboard or find_spec("tensorboard"),
+         "--tensorboard needs tensorboard: pip install tensorboard, or leave it out")
+
+
+def lock(out, files):
+    """Lock a folder for this run, until `files` closes. UserError if another run holds it."""
+    with suppress(ImportError):   # Windows
+        import fcntl
+        held = files.enter_context(open(out / ".lock", "a"))
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
+        except OSError:   # a file system without locks: do without
+            pass
 
 
 def read_log(path):
@@ -1165,7 +1140,7 @@ def read_log(path):
 class Log:
     """log.jsonl in a folder that is this run's alone, and tensorboard's copy of it."""
 
-    def __init__(self, out, c, ranks, step, held, files):
+    def __init__(self, out, c, ranks, step, files):
         """Move an earlier run aside, or cut off what it left after its last checkpoint, that of `step`."""
         self.say, path = ranks.say, out / "log.jsonl"
         name = device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
@@ -1174,13 +1149,15 @@ class Log:
             "torch": torch.__version__, "triton": sys.modules["triton"].__version__ if HAS_TRITON else None,
             "python": sys.version.split()[0]}
         try:
-            if not c.resume and holds_run(out):
+            if out.exists():
+                lock(out, files)
+            if not c.resume and (path.exists() or checkpoints(out)):
                 names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
                 earlier = out.rename(next(name for name in names if not name.exists()))
                 self.say(f"an earlier run in {out} was moved to {earlier}")
-                held = None   # the lock went with the folder
-            out.mkdir(parents=True, exist_ok=True)
-            self.held = held or lock(out, files)
+            if not out.exists():
+                out.mkdir(parents=True)
+                lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
                 shutil.rmtree(unfinished)
             for newer in checkpoints(out):
@@ -1218,13 +1195,11 @@ def report(c, ranks):
     the gradient of that, ||g - g_first|| / ||g_first||, with g_first of the first recipe.
     """
     saved = newest_checkpoint(Path(c.out), ranks)
-    if not saved:
-        raise UserError(f"there is no checkpoint in {c.out}: check --out, or train first")
+    need(saved, f"there is no checkpoint in {c.out}: check --out, or train first")
     recall(c, saved["config"], ranks.say)
     c, first = resolve(c, ranks.device, 1), None
     recipes = [replace(c, fp8=fp8) for fp8 in c.fp8.split(",")]
-    if len(recipes) > 1 and ranks.world > 1:
-        raise UserError(f"--eval-only --fp8 {c.fp8}: {ranks.world} ranks cannot share it, run it without torchrun")
+    need(len(recipes) == 1 or ranks.world == 1, "--eval-only of several recipes: run it without torchrun")
     model, _, batches = build(recipes[0], ranks.device)
     for recipe in recipes:
         model = model or make_model(recipe, ranks.device, batches.vocab)   # the first is there
@@ -1260,8 +1235,7 @@ def plot_runs(folders, path):
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
             records = [record for _, record in read_log(folder / "log.jsonl") if "loss" in record]
-            if not records:
-                raise UserError(f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
+            need(records, f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
             steps, losses, val_losses = ([r.get(key) for r in records] for key in ("step", "loss", "val_loss"))
             line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
