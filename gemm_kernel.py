@@ -64,8 +64,8 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`, in the dtype of `out`;
               with add = out it accumulates
 
-    On Hopper, blocks of 32 and those that the kernel cannot scale are made BF16, then multiplied. With a scale
-    per 32 of K this is faster. For powers of two (`mx`) it is exact; other scales are rounded.
+    On Hopper, operands in blocks of 32, or that the kernel cannot scale, are made BF16 and multiplied. With a
+    scale per 32 of K this is faster. It is exact for powers of two (`mx`) and rounds other scales.
     """
     check_product(a, b, out_dtype, add, out)
     on_hopper = has_fp8_tensor_cores(a.data.device)
@@ -92,22 +92,21 @@ def check_product(a, b, out_dtype, add, out):
     for name, q in (("A", a), ("B", b)):
         scales = tuple(1 if n == ALL else cdiv(size, n) for n, size in zip(q.block, q.data.shape))
         if q.data.dim() != 2 or q.scale.shape != scales:
-            raise ValueError(f"{name} has shape {tuple(q.data.shape)} and scales {tuple(q.scale.shape)}: it must "
-                             f"be a matrix with a scale for each block of {q.block}; quantize it anew")
+            raise ValueError(f"{name} has shape {tuple(q.data.shape)} and scales {tuple(q.scale.shape)}: "
+                             f"quantize a matrix, with a scale for each block of {q.block}")
     (M, K), (N, K_b) = a.data.shape, b.data.shape
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
-                         f"with zeros (K is the summed axis; in wgrad these are the tokens)")
-    dtypes, devices = {out_dtype}, {tensor.device for tensor in (a.data, a.scale, b.data, b.scale)}
-    for name, tensor in (("add", add), ("out", out)):
-        if tensor is not None:
-            dtypes.add(tensor.dtype)
-            devices.add(tensor.device)
-            if tensor.shape != (M, N) or not tensor.is_contiguous():
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}: "
-                                 f"a contiguous ({M}, {N}) is needed")
+                         f"with zeros (K is the summed axis, in wgrad the tokens)")
+    given = [tensor for tensor in (add, out) if tensor is not None]
+    for tensor in given:
+        if tensor.shape != (M, N) or not tensor.is_contiguous():
+            raise ValueError(f"add or out has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
+                             f"a contiguous ({M}, {N}) is needed")
+    dtypes = {out_dtype, *(tensor.dtype for tensor in given)}
     if not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"FP8 product with {dtypes}: it sums in float32; use that, bfloat16 or float16")
+    devices = {tensor.device for tensor in (a.data, a.scale, b.data, b.scale, *given)}
     if len(devices) > 1:
         raise ValueError(f"FP8 product of tensors on {devices}: move them to one device")
 
@@ -196,20 +195,19 @@ def transpose_for_wgrad(dy, x):
 # Why promote dgrad and wgrad, and not fprop
 #
 # The tensor core cuts off what does not fit into about 14 bits of a running sum. On an H200 that costs 1.3e-3
-# of the result at K = 4096 and 3.1e-3 at 16384, where the terms of a sum cancel. Where they all have one sign
+# of the result at K = 4096 and 3.1e-3 at 16384, where the terms of a sum cancel. Where all have one sign
 # (operands of mean 2, deviation 1), every cut goes the same way: 26% is lost at 16384. Promoted every 2048 of
 # K, the errors at 16384 are 0.85e-3 and 2.8%.
 #
-# wgrad sums over all tokens (16,384). There the cut is largest, and gradients of one sign, as from the mean of
-# an input, would lose a part of themselves at every step. Nothing adapts to that, and promoting dgrad and wgrad
-# every 16 x 128 of K costs little.
+# wgrad sums over all tokens (16,384). There the cut is largest, and gradients of one sign, as from the mean
+# of an input, would lose a part of themselves at every step. Nothing adapts to that. Promoting dgrad and
+# wgrad every 16 x 128 of K costs little.
 #
 # fprop sums over d or ffn, 4096 to 11008 at 7B. Its error makes the model a slightly different function, the
-# same at every step, and weights adapt to the function that they are trained with. At the same weights, losses
-# differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients at the
-# same weights do differ: those of `moss` are 13.6% off BF16's, and 6.3% off if fprop is promoted every 2048 of
-# K. That takes 5% more of fprop's time (every 512: 16%). To have it, pass promote=True where fprop calls
-# `matmul`.
+# same at every step, and weights adapt to the function that they are trained with. At the same weights losses
+# differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients do
+# differ at the same weights: those of `moss` are 13.6% off BF16's, and 6.3% with fprop promoted every 2048 of
+# K, which takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of `matmul` turns it on.
 
 def tensor_core_sum(a, b, promote_every=None):
     """Return a (M, K) b (N, K)^T, E4M3 numbers in float32, summed as an H200's tensor cores do, bit for bit.
@@ -326,8 +324,8 @@ if HAS_TRITON:
                         a_scale *= tl.load(b_scale_row + n0 // B_ROWS)
                         acc += tl.dot(a, b.T) * a_scale
                     else:
-                        b_scale = tl.load(b_scale_row + n // B_ROWS, mask=n < N, other=0.0)
-                        acc += tl.dot(a, b.T) * (a_scale * b_scale)
+                        acc += tl.dot(a, b.T) * (a_scale * tl.load(
+                            b_scale_row + n // B_ROWS, mask=n < N, other=0.0))
                 else:
                     acc = tl.dot(a, b.T, acc)
                     if PROMOTE:
@@ -449,13 +447,6 @@ def show_sums():
           "   where terms have one sign. `moss` promotes dgrad and wgrad every 2048 of K, and fprop never.\n")
 
 
-def show_errors_on_a_cpu():
-    print("Error of a product on a CPU, which sums in FP32. (Times need a GPU of compute capability 9.0.)")
-    for variant in VARIANTS:
-        print(f"   {variant:20}{error_of(variant, 100, 72, 2320, 'cpu'):9.1e}")
-    print("-> All variants compute the same product, of operands that were scaled in different ways.")
-
-
 def layer_products(T=16384, d=4096, ffn=11008):
     """Return the twelve products of a 7B layer: [(name, M, N, K)]."""
     layers = {"qkv": (3 * d, d), "out": (d, d), "gate_up": (2 * ffn, d), "down": (d, ffn)}   # (N, K)
@@ -514,4 +505,7 @@ if __name__ == "__main__":
     if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
         show_times()
     else:
-        show_errors_on_a_cpu()
+        print("Error of a product on a CPU, which sums in FP32 (times need a GPU of compute capability 9.0)")
+        for variant in VARIANTS:
+            print(f"   {variant:20}{error_of(variant, 100, 72, 2320, 'cpu'):9.1e}")
+        print("-> All variants compute the same product, of operands that were scaled in different ways.")
