@@ -14,7 +14,7 @@ do not change along K, they leave the sum:
 Then the main loop over K is work for the tensor cores alone. The scales are applied once, after the loop, in
 the *epilogue* (MOSS, arXiv 2511.05811). microscale.py says why one scale per row is enough for `moss`.
 
-A linear layer with K inputs and N outputs computes three products for T tokens. (Each ends in the ^T of
+A linear layer with K inputs and N outputs computes three products for T tokens. (Each line ends in the ^T of
 A B^T. The other ^T name copies that are stored transposed.)
 
     fprop   Y  (T, N) = X   (T, K)  W  (N, K)^T       sums over the inputs K
@@ -64,17 +64,17 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`, in the dtype of `out`;
               with add = out it accumulates
 
-    On Hopper, operands in blocks of 32, or that the kernel cannot scale, are made BF16 and multiplied. With a
-    scale per 32 of K this is faster. It is exact for powers of two (`mx`) and rounds other scales.
+    A CPU multiplies in FP32. A GPU uses BF16 for blocks that the kernel cannot scale, and for blocks of 32,
+    where the kernel is slower. BF16 is exact for powers of two (`mx`) and rounds other scales.
     """
     check_product(a, b, out_dtype, add, out)
-    on_hopper = has_fp8_tensor_cores(a.data.device)
+    tensor_cores = has_fp8_tensor_cores(a.data.device)
+    fp8 = a.data.itemsize == b.data.itemsize == 1
     empty = 0 in (*a.data.shape, len(b.data))   # a sum of nothing is 0, and no kernel is started
-    fp8 = a.data.itemsize == b.data.itemsize == 1 and not empty
-    if on_hopper and fp8 and a.block[1] != 32 and kernel_can_scale(a, b):
+    if tensor_cores and fp8 and not empty and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     out_dtype = out_dtype if out is None else out.dtype
-    product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if on_hopper else torch.float32)
+    product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if tensor_cores else torch.float32)
     return product if out is None else out.copy_(product)
 
 
@@ -144,7 +144,7 @@ class FP8Linear(torch.autograd.Function):
         x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
         dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
         dy_t, x_t = transpose_for_wgrad(dy_q, x_kept) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
-        # promoted: wgrad's sums over all tokens are the longest, and nothing adapts to errors of gradients
+        # promoted: these sums are the longest, and nothing adapts to errors of gradients
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
@@ -167,7 +167,8 @@ def wgrad_factor(dy, x):
 
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
-    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
+    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. If all scales are powers of two, so
+    are the factors.
     """
     if dy.block != (1, ALL) or x.block != (1, ALL) or len(dy.data) != len(x.data):
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
@@ -199,15 +200,15 @@ def transpose_for_wgrad(dy, x):
 # (operands of mean 2, deviation 1), every cut goes the same way: 26% is lost at 16384. Promoted every 2048 of
 # K, the errors at 16384 are 0.85e-3 and 2.8%.
 #
-# wgrad sums over all tokens (16,384). There the cut is largest, and gradients of one sign, as from the mean
-# of an input, would lose a part of themselves at every step. Nothing adapts to that. Promoting dgrad and
-# wgrad every 16 x 128 of K costs little.
+# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. There the cut is largest, and gradients
+# of one sign, as from the mean of an input, would lose a part of themselves at every step. Nothing adapts to
+# that. Promoting dgrad and wgrad every 16 x 128 of K costs little.
 #
 # fprop sums over d or ffn, 4096 to 11008 at 7B. Its error makes the model a slightly different function, the
 # same at every step, and weights adapt to the function that they are trained with. At the same weights losses
 # differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients do
 # differ at the same weights: those of `moss` are 13.6% off BF16's, and 6.3% with fprop promoted every 2048 of
-# K, which takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of `matmul` turns it on.
+# K. That takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of `matmul` turns it on.
 
 def tensor_core_sum(a, b, promote_every=None):
     """Return a (M, K) b (N, K)^T, E4M3 numbers in float32, summed as an H200's tensor cores do, bit for bit.
@@ -365,28 +366,23 @@ if HAS_TRITON:
                 return *shape, 1
         return 64, 64, 4, 4 if hopper else 2, 1
 
-    @functools.cache
-    def sms_and_hopper(device):
-        """Return (number of SMs, compute capability is 9.0); 4 and True for the interpreter."""
-        if device.type != "cuda":
-            return 4, True
-        properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
-
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Multiply as `matmul`, which has checked the shapes. ValueError unless `kernel_can_scale`."""
         if not kernel_can_scale(a, b):
             raise ValueError(f"the kernel cannot scale blocks of {a.block} and {b.block}: use matmul, which "
                              f"multiplies such blocks in BF16")
         (M, K), N, in_loop = a.data.shape, len(b.data), a.block[1] != ALL
-        sms, hopper = sms_and_hopper(a.data.device)
+        sms, hopper = 4, True   # in the interpreter
+        if a.data.is_cuda:
+            gpu = torch.cuda.get_device_properties(a.data.device)
+            sms, hopper = gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
         parts = 4 if BLOCK_N == 256 and (c.element_size() > 2 or add is not None) else 2
         tma_store = N * c.element_size() % 16 == 0 and c.data_ptr() % 16 == 0
         # in the loop, the scales of one step along K lie side by side
-        scales = [(s.float().t() if in_loop else s).contiguous() for s in (a.scale, b.scale)]
+        scales = [(s.float().t() if in_loop else s.float()).contiguous() for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),

@@ -357,6 +357,12 @@ def test_strides_change_no_bit_and_gradients_have_the_dtypes_of_their_tensors(na
     assert all(torch.equal(got[what].view_as(plain[what]), plain[what]) for what in got)
 
 
+def test_wgrad_of_no_tokens_is_zero():
+    dy, x = (zeros(0, n, block=(1, ALL), scales=(0, 1)) for n in (32, 48))
+    dw = gk.matmul(*gk.transpose_for_wgrad(dy, x))
+    assert dw.shape == (32, 48) and not dw.any()
+
+
 @each_recipe
 @pytest.mark.parametrize("shape", [(0,), (0, 16), (3, 0)], ids=str)
 def test_no_tokens_give_no_output_and_a_gradient_of_zero(name, shape):
