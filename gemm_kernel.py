@@ -37,8 +37,9 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
     os.environ["TRITON_INTERPRET"] = "1"   # without a Hopper GPU the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
-from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores,
-                        measured_scale, quantize, quantize_both, quantize_reference, transpose)
+from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
+                        has_fp8_tensor_cores, measured_scale, quantize, quantize_both, quantize_reference,
+                        transpose)
 
 if HAS_TRITON:
     import triton
@@ -123,7 +124,7 @@ def fp8_linear(x, weight, w, w_t, recipe):
 
 
 class FP8Linear(torch.autograd.Function):
-    """Y = X W^T with all three products in FP8. Between forward and backward it keeps X in FP8 only. (All
+    """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only. (All
     recipes but `moss` train with it; `moss` has fused functions in model.py.)
 
     x (T, K) bfloat16, float16 or float32; weight (N, K), the master weight, receives the gradient; w and w_t
@@ -290,7 +291,7 @@ if HAS_TRITON:
                      PROGRAMS: tl.constexpr, IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr,
                      A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, ADD: tl.constexpr,
                      TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr):
-        """C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share all tiles of C.
+        """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share its tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product. Otherwise
                     they are applied once, at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
@@ -398,12 +399,9 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # What `python gemm_kernel.py` shows
 
-VARIANTS = {  # name: (block of A, block of B, scale rule, promote)
-    "epilogue only": ((1, ALL), (ALL, ALL), "up", False),
-    "epilogue, promoted": ((1, ALL), (ALL, ALL), "up", True),
-    "in loop, per 128": ((1, 128), (128, 128), "fp32", False),
-    "in loop, per 32": ((1, 32), (1, 32), "floor", False),
-}
+VARIANTS = {  # where the kernel applies scales: (the recipe that has such scales, promote)
+    "epilogue only": ("moss", False), "epilogue, promoted": ("moss", True),
+    "in loop, per 128": ("group", False), "in loop, per 32": ("mx", False)}
 
 
 def relative_error(y, exact):
@@ -412,9 +410,9 @@ def relative_error(y, exact):
 
 def operands(M, N, K, variant, device, mean=0.0):
     """Return random Quantized A (M, K) and B (N, K) for a variant."""
-    *blocks, rule, _ = VARIANTS[variant]
-    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, rule)
-            for n, block in zip((M, N), blocks)]
+    recipe = RECIPES[VARIANTS[variant][0]]
+    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, recipe.rule)
+            for n, block in ((M, recipe.act_block), (N, recipe.weight_block))]
 
 
 def error_of(variant, M, N, K, device):
@@ -422,7 +420,7 @@ def error_of(variant, M, N, K, device):
     a, b = operands(min(M, 512), N, K, variant, device)
     exact = a.dequantize().double() @ b.dequantize().double().t()
     multiply = matmul_triton if HAS_TRITON else matmul
-    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][3]), exact)
+    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][1]), exact)
 
 
 def error_of_sum(K, mean, promote_every):
@@ -467,7 +465,7 @@ def time_product(M, N, K, variants, fast):
     functions = {"BF16": lambda: x @ w.t(), "_scaled_mm": lambda: torch._scaled_mm(
         a.data, b.data.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)}
     for v in variants:
-        functions[v] = functools.partial(matmul_triton, *operands(M, N, K, v, "cuda"), promote=VARIANTS[v][3])
+        functions[v] = functools.partial(matmul_triton, *operands(M, N, K, v, "cuda"), promote=VARIANTS[v][1])
     if "in loop, per 32" in variants:   # what `mx` does on Hopper
         x_32, w_32 = (q.dequantize(torch.bfloat16) for q in operands(M, N, K, "in loop, per 32", "cuda"))
         functions["per 32, in BF16"] = lambda: x_32 @ w_32.t()

@@ -156,7 +156,7 @@ def launch_at_ragged_shapes(device):
         ms.rope_backward_triton(*(random(B, T, n, dim) for n in (heads[0], heads[1], heads[1])), *angles)
         launches += 2
     large = ((2181, 4104, 2320), (1290, 1304, 272)) if device == "cuda" else ()   # for the largest tiles
-    for (M, N, K), (name, (_, _, _, promote)) in itertools.product(
+    for (M, N, K), (name, (_, promote)) in itertools.product(
             ((1, 1, 16), (130, 200, 272), (129, 264, 2320), *large), gk.VARIANTS.items()):
         a, b = gk.operands(M, N, K, name, device)
         for dtype, add in ((torch.bfloat16, None), (torch.float32, random(M, N, dtype=torch.float32))):
