@@ -14,7 +14,7 @@ do not change along K, they leave the sum:
 Then the main loop over K is work for the tensor cores alone. The scales are applied once, after the loop, in
 the *epilogue* (MOSS, arXiv 2511.05811). microscale.py says why one scale per row is enough for `moss`.
 
-A linear layer with K inputs and N outputs computes three products for T tokens. (Each ends in the ^T of
+A linear layer with K inputs and N outputs computes three products for T tokens. (Each line ends in the ^T of
 A B^T. The other ^T name copies that are stored transposed.)
 
     fprop   Y  (T, N) = X   (T, K)  W  (N, K)^T       sums over the inputs K
@@ -37,8 +37,9 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
     os.environ["TRITON_INTERPRET"] = "1"   # without a Hopper GPU the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
-from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, Quantized, cdiv, has_fp8_tensor_cores,
-                        measured_scale, quantize, quantize_both, quantize_reference, transpose)
+from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
+                        has_fp8_tensor_cores, measured_scale, quantize, quantize_both, quantize_reference,
+                        transpose)
 
 if HAS_TRITON:
     import triton
@@ -64,17 +65,17 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`, in the dtype of `out`;
               with add = out it accumulates
 
-    On Hopper, blocks of 32 and those that the kernel cannot scale are made BF16, then multiplied. With a scale
-    per 32 of K this is faster. For powers of two (`mx`) it is exact; other scales are rounded.
+    A CPU multiplies in FP32. A GPU uses BF16 for blocks that the kernel cannot scale, and for blocks of 32,
+    where the kernel is slower. BF16 is exact for powers of two (`mx`) and rounds other scales.
     """
     check_product(a, b, out_dtype, add, out)
-    on_hopper = has_fp8_tensor_cores(a.data.device)
+    tensor_cores = has_fp8_tensor_cores(a.data.device)
+    fp8 = a.data.itemsize == b.data.itemsize == 1
     empty = 0 in (*a.data.shape, len(b.data))   # a sum of nothing is 0, and no kernel is started
-    fp8 = a.data.itemsize == b.data.itemsize == 1 and not empty
-    if on_hopper and fp8 and a.block[1] != 32 and kernel_can_scale(a, b):
+    if tensor_cores and fp8 and not empty and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     out_dtype = out_dtype if out is None else out.dtype
-    product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if on_hopper else torch.float32)
+    product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if tensor_cores else torch.float32)
     return product if out is None else out.copy_(product)
 
 
@@ -92,22 +93,21 @@ def check_product(a, b, out_dtype, add, out):
     for name, q in (("A", a), ("B", b)):
         scales = tuple(1 if n == ALL else cdiv(size, n) for n, size in zip(q.block, q.data.shape))
         if q.data.dim() != 2 or q.scale.shape != scales:
-            raise ValueError(f"{name} has shape {tuple(q.data.shape)} and scales {tuple(q.scale.shape)}: it must "
-                             f"be a matrix with a scale for each block of {q.block}; quantize it anew")
+            raise ValueError(f"{name} has shape {tuple(q.data.shape)} and scales {tuple(q.scale.shape)}: "
+                             f"quantize a matrix, with a scale for each block of {q.block}")
     (M, K), (N, K_b) = a.data.shape, b.data.shape
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
-                         f"with zeros (K is the summed axis; in wgrad these are the tokens)")
-    dtypes, devices = {out_dtype}, {tensor.device for tensor in (a.data, a.scale, b.data, b.scale)}
-    for name, tensor in (("add", add), ("out", out)):
-        if tensor is not None:
-            dtypes.add(tensor.dtype)
-            devices.add(tensor.device)
-            if tensor.shape != (M, N) or not tensor.is_contiguous():
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}: "
-                                 f"a contiguous ({M}, {N}) is needed")
+                         f"with zeros (K is the summed axis, in wgrad the tokens)")
+    given = [tensor for tensor in (add, out) if tensor is not None]
+    for tensor in given:
+        if tensor.shape != (M, N) or not tensor.is_contiguous():
+            raise ValueError(f"add or out has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
+                             f"a contiguous ({M}, {N}) is needed")
+    dtypes = {out_dtype, *(tensor.dtype for tensor in given)}
     if not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"FP8 product with {dtypes}: it sums in float32; use that, bfloat16 or float16")
+    devices = {tensor.device for tensor in (a.data, a.scale, b.data, b.scale, *given)}
     if len(devices) > 1:
         raise ValueError(f"FP8 product of tensors on {devices}: move them to one device")
 
@@ -124,7 +124,7 @@ def fp8_linear(x, weight, w, w_t, recipe):
 
 
 class FP8Linear(torch.autograd.Function):
-    """Y = X W^T with all three products in FP8. Between forward and backward it keeps X in FP8 only. (All
+    """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only. (All
     recipes but `moss` train with it; `moss` has fused functions in model.py.)
 
     x (T, K) bfloat16, float16 or float32; weight (N, K), the master weight, receives the gradient; w and w_t
@@ -145,7 +145,7 @@ class FP8Linear(torch.autograd.Function):
         x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
         dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
         dy_t, x_t = transpose_for_wgrad(dy_q, x_kept) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
-        # promoted: wgrad's sums over all tokens are the longest, and nothing adapts to errors of gradients
+        # promoted: these sums are the longest, and nothing adapts to errors of gradients
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
@@ -168,7 +168,8 @@ def wgrad_factor(dy, x):
 
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
-    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
+    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. If all scales are powers of two, so
+    are the factors.
     """
     if dy.block != (1, ALL) or x.block != (1, ALL) or len(dy.data) != len(x.data):
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
@@ -196,20 +197,19 @@ def transpose_for_wgrad(dy, x):
 # Why promote dgrad and wgrad, and not fprop
 #
 # The tensor core cuts off what does not fit into about 14 bits of a running sum. On an H200 that costs 1.3e-3
-# of the result at K = 4096 and 3.1e-3 at 16384, where the terms of a sum cancel. Where they all have one sign
+# of the result at K = 4096 and 3.1e-3 at 16384, where the terms of a sum cancel. Where all have one sign
 # (operands of mean 2, deviation 1), every cut goes the same way: 26% is lost at 16384. Promoted every 2048 of
 # K, the errors at 16384 are 0.85e-3 and 2.8%.
 #
-# wgrad sums over all tokens (16,384). There the cut is largest, and gradients of one sign, as from the mean of
-# an input, would lose a part of themselves at every step. Nothing adapts to that, and promoting dgrad and wgrad
-# every 16 x 128 of K costs little.
+# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. There the cut is largest, and gradients
+# of one sign, as from the mean of an input, would lose a part of themselves at every step. Nothing adapts to
+# that. Promoting dgrad and wgrad every 16 x 128 of K costs little.
 #
 # fprop sums over d or ffn, 4096 to 11008 at 7B. Its error makes the model a slightly different function, the
-# same at every step, and weights adapt to the function that they are trained with. At the same weights, losses
-# differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients at the
-# same weights do differ: those of `moss` are 13.6% off BF16's, and 6.3% off if fprop is promoted every 2048 of
-# K. That takes 5% more of fprop's time (every 512: 16%). To have it, pass promote=True where fprop calls
-# `matmul`.
+# same at every step, and weights adapt to the function that they are trained with. At the same weights losses
+# differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients do
+# differ at the same weights: those of `moss` are 13.6% off BF16's, and 6.3% with fprop promoted every 2048 of
+# K. That takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of `matmul` turns it on.
 
 def tensor_core_sum(a, b, promote_every=None):
     """Return a (M, K) b (N, K)^T, E4M3 numbers in float32, summed as an H200's tensor cores do, bit for bit.
@@ -291,7 +291,7 @@ if HAS_TRITON:
                      PROGRAMS: tl.constexpr, IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr,
                      A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, ADD: tl.constexpr,
                      TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr):
-        """C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share all tiles of C.
+        """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share its tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product. Otherwise
                     they are applied once, at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
@@ -326,8 +326,8 @@ if HAS_TRITON:
                         a_scale *= tl.load(b_scale_row + n0 // B_ROWS)
                         acc += tl.dot(a, b.T) * a_scale
                     else:
-                        b_scale = tl.load(b_scale_row + n // B_ROWS, mask=n < N, other=0.0)
-                        acc += tl.dot(a, b.T) * (a_scale * b_scale)
+                        acc += tl.dot(a, b.T) * (a_scale * tl.load(
+                            b_scale_row + n // B_ROWS, mask=n < N, other=0.0))
                 else:
                     acc = tl.dot(a, b.T, acc)
                     if PROMOTE:
@@ -367,28 +367,23 @@ if HAS_TRITON:
                 return *shape, 1
         return 64, 64, 4, 4 if hopper else 2, 1
 
-    @functools.cache
-    def sms_and_hopper(device):
-        """Return (number of SMs, compute capability is 9.0); 4 and True for the interpreter."""
-        if device.type != "cuda":
-            return 4, True
-        properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
-
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Multiply as `matmul`, which has checked the shapes. ValueError unless `kernel_can_scale`."""
         if not kernel_can_scale(a, b):
             raise ValueError(f"the kernel cannot scale blocks of {a.block} and {b.block}: use matmul, which "
                              f"multiplies such blocks in BF16")
         (M, K), N, in_loop = a.data.shape, len(b.data), a.block[1] != ALL
-        sms, hopper = sms_and_hopper(a.data.device)
+        sms, hopper = 4, True   # in the interpreter
+        if a.data.is_cuda:
+            gpu = torch.cuda.get_device_properties(a.data.device)
+            sms, hopper = gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
         parts = 4 if BLOCK_N == 256 and (c.element_size() > 2 or add is not None) else 2
         tma_store = N * c.element_size() % 16 == 0 and c.data_ptr() % 16 == 0
         # in the loop, the scales of one step along K lie side by side
-        scales = [(s.float().t() if in_loop else s).contiguous() for s in (a.scale, b.scale)]
+        scales = [(s.float().t() if in_loop else s.float()).contiguous() for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),
@@ -404,12 +399,9 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # What `python gemm_kernel.py` shows
 
-VARIANTS = {  # name: (block of A, block of B, scale rule, promote)
-    "epilogue only": ((1, ALL), (ALL, ALL), "up", False),
-    "epilogue, promoted": ((1, ALL), (ALL, ALL), "up", True),
-    "in loop, per 128": ((1, 128), (128, 128), "fp32", False),
-    "in loop, per 32": ((1, 32), (1, 32), "floor", False),
-}
+VARIANTS = {  # where the kernel applies scales: (the recipe that has such scales, promote)
+    "epilogue only": ("moss", False), "epilogue, promoted": ("moss", True),
+    "in loop, per 128": ("group", False), "in loop, per 32": ("mx", False)}
 
 
 def relative_error(y, exact):
@@ -418,9 +410,9 @@ def relative_error(y, exact):
 
 def operands(M, N, K, variant, device, mean=0.0):
     """Return random Quantized A (M, K) and B (N, K) for a variant."""
-    *blocks, rule, _ = VARIANTS[variant]
-    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, rule)
-            for n, block in zip((M, N), blocks)]
+    recipe = RECIPES[VARIANTS[variant][0]]
+    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, recipe.rule)
+            for n, block in ((M, recipe.act_block), (N, recipe.weight_block))]
 
 
 def error_of(variant, M, N, K, device):
@@ -428,7 +420,7 @@ def error_of(variant, M, N, K, device):
     a, b = operands(min(M, 512), N, K, variant, device)
     exact = a.dequantize().double() @ b.dequantize().double().t()
     multiply = matmul_triton if HAS_TRITON else matmul
-    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][3]), exact)
+    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][1]), exact)
 
 
 def error_of_sum(K, mean, promote_every):
@@ -447,13 +439,6 @@ def show_sums():
         print(f"   {f'every {every}' if every else 'never':13}", *(f"{error:7.2%}" for error in errors))
     print("-> A promoted sum loses the same at any length. Any other loses more the longer it is, a quarter\n"
           "   where terms have one sign. `moss` promotes dgrad and wgrad every 2048 of K, and fprop never.\n")
-
-
-def show_errors_on_a_cpu():
-    print("Error of a product on a CPU, which sums in FP32. (Times need a GPU of compute capability 9.0.)")
-    for variant in VARIANTS:
-        print(f"   {variant:20}{error_of(variant, 100, 72, 2320, 'cpu'):9.1e}")
-    print("-> All variants compute the same product, of operands that were scaled in different ways.")
 
 
 def layer_products(T=16384, d=4096, ffn=11008):
@@ -480,7 +465,7 @@ def time_product(M, N, K, variants, fast):
     functions = {"BF16": lambda: x @ w.t(), "_scaled_mm": lambda: torch._scaled_mm(
         a.data, b.data.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)}
     for v in variants:
-        functions[v] = functools.partial(matmul_triton, *operands(M, N, K, v, "cuda"), promote=VARIANTS[v][3])
+        functions[v] = functools.partial(matmul_triton, *operands(M, N, K, v, "cuda"), promote=VARIANTS[v][1])
     if "in loop, per 32" in variants:   # what `mx` does on Hopper
         x_32, w_32 = (q.dequantize(torch.bfloat16) for q in operands(M, N, K, "in loop, per 32", "cuda"))
         functions["per 32, in BF16"] = lambda: x_32 @ w_32.t()
@@ -514,4 +499,7 @@ if __name__ == "__main__":
     if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
         show_times()
     else:
-        show_errors_on_a_cpu()
+        print("Error of a product on a CPU, which sums in FP32 (times need a GPU of compute capability 9.0)")
+        for variant in VARIANTS:
+            print(f"   {variant:20}{error_of(variant, 100, 72, 2320, 'cpu'):9.1e}")
+        print("-> All variants compute the same product, of operands that were scaled in different ways.")
