@@ -94,8 +94,8 @@ class Linear(nn.Module):
         super().__init__()
         for axis, size in (("in", d_in), ("out", d_out)):
             if recipe and size % 16:
-                raise ValueError(f"layer {name}: {axis} = {size} is not a multiple of 16, which --fp8 "
-                                 f"{recipe} needs to tile it: change d, ffn or the heads, or train with --fp8 none")
+                raise ValueError(f"layer {name}: {axis} = {size} is no multiple of 16, which --fp8 {recipe} "
+                                 f"needs: change d, ffn or the heads, or train with --fp8 none")
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         if std:
             nn.init.normal_(self.weight, std=std)
@@ -131,7 +131,7 @@ class Linear(nn.Module):
     @torch.compiler.disable
     def current_copies(self):
         """Return FP8 (W, W^T). RuntimeError if the weight has changed since they were made."""
-        if self.made_of != self.fingerprint():
+        if self.copies is None or self.made_of != self.fingerprint():
             raise RuntimeError(f"layer {self.name}: its weight has no FP8 copies, or has changed since: call "
                                f"requantize() of each of model.linears() after every change of weights")
         return self.copies
@@ -178,6 +178,7 @@ def rope_and_split(qkv, cos, sin, d, kv_dim, head_dim):
     return rope(q, cos, sin), rope(k, cos, sin), v
 
 
+@torch.inference_mode(False)   # a table made while generating serves training as well
 def rope_table(seq, head_dim, theta, device=None):
     """Return cos and sin (seq, head_dim / 2) of the angle t theta^(-2 i / head_dim) at position t, pair i."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -287,8 +288,8 @@ class Transformer(nn.Module):
         begins a new one. Raises ValueError for an empty prompt and for a negative temperature.
         """
         if not tokens.shape[1] or not temperature >= 0:
-            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: a text goes on from at least "
-                             f"one token, at a temperature of 0 (the likeliest token) or more")
+            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: it takes at least one "
+                             f"token to begin with, and a temperature of 0 or more")
         caches, new = [{} for _ in self.blocks], tokens[:, -self.config.seq:]
         for _ in range(count):
             if caches[0] and caches[0]["k"].shape[1] == self.config.seq:
@@ -496,7 +497,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss):
         if torch.is_grad_enabled():   # create_graph=True
             raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take "
-                               "the loss of the logits that a model without targets returns, under --fp8 none")
+                               "that of the logits which a model without targets returns, under --fp8 none")
         x, weight, gradient = ctx.saved_tensors
         dw = (gradient.t() @ x).to(weight.dtype) * dloss
         return scaled(gradient @ weight.to(x.dtype), dloss), dw, None, None
@@ -506,8 +507,8 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(x, weight, targets):
     """Return the loss of x (..., d). ValueError unless targets (...) are int64, one for each token."""
     if (targets.shape, targets.dtype, targets.device) != (x.shape[:-1], torch.int64, x.device):
-        raise ValueError(f"targets {tuple(targets.shape)} are {targets.dtype} on {targets.device}: each token "
-                         f"needs one, {tuple(x.shape[:-1])} of torch.int64 on {x.device}")
+        raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype} on {targets.device}: one for each "
+                         f"token is needed, {tuple(x.shape[:-1])}, torch.int64 on {x.device}")
     training = torch.is_grad_enabled()   # inside of an autograd function it is always off
     return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), training)
 
@@ -579,7 +580,7 @@ def memory(model, tokens, ranks=1, element=2):
     """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number.
 
     Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. With ranks > 1
-    (train.py --shard) a rank keeps a share of the moments and of the FP32 weights of the blocks' linear layers.
+    (train.py --shard) a rank keeps a share of the moments, and of the weights of the blocks' linear layers.
     """
     (linear, total), (vocab, d) = parameter_count(model), model.head.weight.shape
     copies = element * vocab * d   # what the products read: W and W^T in FP8, or W in BF16
@@ -599,13 +600,14 @@ def saved_by_block(block, element):
     qkv, out, *hidden, down = layers = [m for m in block.modules() if isinstance(m, Linear)]
     inputs, hidden = sum(m.weight.shape[1] for m in layers), sum(m.weight.shape[0] for m in hidden)
     (width, d), ffn, recipe = qkv.weight.shape, down.weight.shape[1], qkv.recipe
-    saved = element * (3 * d + width)   # inputs of both halves; attention output; q, k and v
+    saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
     if block.fused:
-        return saved + inputs + hidden   # in FP8: what the four layers read; [gate, up]
-    saved += element * (width - block.config.kv_dim + hidden + ffn)   # q, k before RoPE; [gate, up]; silu(gate)
+        return saved + inputs + hidden   # in FP8 what the four layers read, and [gate, up]
+    kv = block.config.kv_dim
+    saved += element * (width - kv + hidden + ffn)   # q and k before RoPE, [gate, up], silu(gate)
     if recipe:
         return saved + inputs * quantized_bytes(recipe.act_block, recipe.rule)
-    return saved + element * (inputs - d)   # what `out` reads is the attention output
+    return saved + element * (inputs - d)   # `out` reads the attention output, which is counted already
 
 
 def quantized_bytes(block, rule):
