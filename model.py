@@ -12,10 +12,9 @@ A recipe (microscale.py) quantizes the four linear layers of every block. In OLM
 parameters and do 93% of the arithmetic. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU).
 The optimizer sees FP32 weights.
 
-Most recipes run layer by layer: PyTorch computes norm, attention and SwiGLU, and each linear layer quantizes
-what it reads. `moss` computes the same block with three fused functions ("The dataflow of moss" below): there
-the kernel that computes a number also quantizes it, wherever that is possible, and most of what is saved for
-the backward pass is FP8.
+Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
+`moss` computes the same block with three fused functions ("The dataflow of moss" below). There the kernel
+that computes a number also quantizes it, if it can, and most of what is saved for the backward pass is FP8.
 """
 
 from dataclasses import dataclass
@@ -108,7 +107,8 @@ class Linear(nn.Module):
         if not self.recipe or not x.numel():
             return F.linear(x, self.weight.to(x.dtype))
         y = fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
-        watch_layer(self, x, y)
+        if self.health is not None:
+            watch_layer(self, x.detach().flatten(0, -2), y)
         return y
 
     def requantize(self, scale=None):
@@ -334,8 +334,7 @@ def fused_block(block, x, cos, sin, cache):
 class NormQKV(torch.autograd.Function):
     """Compute q (B, T, heads, head_dim) and k after RoPE, and v, of x (B, T, d); and return x, too.
 
-    x is returned for the residual connection, so that the gradient along it arrives in `backward` here, where
-    norm_backward adds it to the gradient of x while writing that.
+    The residual connection reads that x. Its gradient arrives in `backward` below, for norm_backward to add.
     Saved for the backward pass: x, and norm(x) in FP8. Attention saves q, k and v, which are one tensor.
     """
 
@@ -381,8 +380,8 @@ class LinearResidual(torch.autograd.Function):
 class NormSwiGLUResidual(torch.autograd.Function):
     """Compute x + down(silu(gate(norm(x))) * up(norm(x))) of x (T, d): the second half of a block.
 
-    It is one function because FP8 cannot pass from one autograd function to another: in here, the kernel that
-    computes the gradient of [gate, up] writes FP8, and two products read it.
+    It is one function because autograd passes gradients in BF16 from one function to the next. In here, the
+    kernel that computes the gradient of [gate, up] writes FP8, and two products read it.
     Saved for the backward pass: x, and in FP8 norm(x), [gate, up] and silu(gate) * up.
     """
 
@@ -419,8 +418,7 @@ def linear_backward(dy, x, layer, dtype, dy_rows):
     """Return dX (T, K) and dW (N, K) of a layer, of Quantized dY (T, N) and X (T, K).
 
     dW is None if the weight is frozen, or if wgrad has added it to weight.grad itself: that moves 8 bytes per
-    weight, where writing dW and adding it in another kernel moves 16.
-    dy_rows() returns the first rows of dY before quantizing. It is called only while the log watches.
+    weight, not 16. dy_rows() returns the first rows of dY before quantizing; only the log calls it.
     """
     watch(layer, dy_rows, "_grad")
     dx = matmul(dy, layer.w_t, dtype, promote=True)
@@ -471,11 +469,10 @@ scaled = compiled(lambda x, factor: (x.float() * factor).to(x.dtype))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of x W^T in FP32, of x (T, d), W (vocab, d) and targets (T).
+    """Compute the mean cross-entropy of x W^T, of x (T, d), W (vocab, d) and targets (T).
 
-    `CHUNK` tokens at a time: their loss, and the gradient of their logits, which overwrites the logits in the
-    dtype of x. For 16384 tokens and 50304 words that is 1.5 GiB in BF16. PyTorch's cross-entropy keeps the
-    logits, and what it computes of them, in FP32: 9 GiB.
+    It does so in FP32 for `CHUNK` tokens at a time, and overwrites their logits with their gradient. Of 16384
+    tokens and 50304 words it keeps 1.5 GiB in BF16, where PyTorch's cross-entropy keeps 9 GiB in FP32.
     """
     CHUNK = 4096
 
@@ -525,13 +522,12 @@ def watch(layer, rows, suffix=""):
     rows() returns X or dY (T, width) before quantizing. (In dY of gate_up folding changes a few values more,
     because swiglu_backward takes its scales from a bound.)
     """
-    if layer.health is None:
-        return
-    x, recipe = rows()[:WATCHED].float(), layer.recipe
-    fmt = FORMATS[recipe.grad_format] if suffix else E4M3
-    layer.health["saturated" + suffix] = saturated_share(x, quantize(x, fmt, recipe.act_block, recipe.rule))
-    if recipe.act_block == (1, ALL):
-        layer.health["folded" + suffix] = fold_loss(x, fmt)[0]
+    if layer.health is not None:
+        x, r = rows()[:WATCHED].float(), layer.recipe
+        fmt = FORMATS[r.grad_format] if suffix else E4M3
+        layer.health["saturated" + suffix] = saturated_share(x, quantize(x, fmt, r.act_block, r.rule))
+        if r.act_block == (1, ALL):
+            layer.health["folded" + suffix] = fold_loss(x, fmt)[0]
 
 
 def watch_wgrad(layer, dy, x):
@@ -543,19 +539,16 @@ def watch_wgrad(layer, dy, x):
 
 
 def watch_layer(layer, x, y):
-    """Record the same of a layer that is not fused, from its input x and output y (..., width)."""
+    """Record the same of a layer that is not fused, with input x (T, K) and output y."""
     def watch_gradient(dy):
         dy, r = dy.flatten(0, -2), layer.recipe
         watch(layer, lambda: dy, "_grad")
         if r.act_block == (1, ALL) and layer.weight.requires_grad:
-            watch_wgrad(layer, quantize(dy, FORMATS[r.grad_format], r.act_block, r.rule),
-                        quantize(x, E4M3, r.act_block, r.rule))
-
-    if layer.health is not None:
-        x = x.detach().flatten(0, -2)
-        watch(layer, lambda: x)
-        if y.requires_grad:
-            y.register_hook(watch_gradient)
+            watch_wgrad(layer, *(quantize(z, fmt, r.act_block, r.rule)
+                                 for z, fmt in ((dy, FORMATS[r.grad_format]), (x, E4M3))))
+    watch(layer, lambda: x)
+    if y.requires_grad:
+        y.register_hook(watch_gradient)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -618,14 +611,15 @@ def quantized_bytes(block, rule):
 if __name__ == "__main__":
     rows = {name: (name, "none", 1) for name in RECIPES}
     rows |= {"moss, block": ("moss", "block", 1), "moss, 8 GPUs": ("moss", "none", 8)}
-    for name, config in PRESETS.items():
+    for preset, config in PRESETS.items():
         for row, (fp8, recompute, ranks) in rows.items():
             with torch.device("meta"):
                 model = Transformer(config, fp8, recompute)
             use = memory(model, config.seq, ranks)
             if row == "none":
-                print(f"{name}: {parameter_count(model)[1]:,} parameters, {flops_per_token(model) / 1e9:.2f} "
-                      f"GFLOP per token; GiB for one sequence of {config.seq}:")
-                print(f"    {'':12}" + "".join(f"{key:>13}" for key in use) + f"{'total':>13}")
+                _, total = parameter_count(model)
+                print(f"{preset}: {total:,} parameters, {flops_per_token(model) / 1e9:.2f} GFLOP per token; "
+                      f"GiB for one sequence of {config.seq}:")
+                print(f"    {'':12}" + "".join(f"{name:>13}" for name in (*use, "total")))
             print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()
