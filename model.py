@@ -84,9 +84,9 @@ compiled = partial(torch.compile, dynamic=False) if torch.cuda.is_available() el
 class Linear(nn.Module):
     """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight.
 
-    `requantize` makes two FP8 copies of W, once per optimizer step, and copies of a weight that has changed
-    since are refused. Only a change in place through `.data`, as weight.data.mul_(2), escapes notice, because
-    PyTorch does not count it.
+    `requantize` makes two FP8 copies of W, once per optimizer step. Copies of a weight that has changed since
+    are refused. PyTorch does not count a change in place through `.data`, as in weight.data.mul_(2): that one
+    is not noticed.
     """
 
     def __init__(self, d_in, d_out, recipe, name, std=0.02):
@@ -99,7 +99,7 @@ class Linear(nn.Module):
         if std:
             nn.init.normal_(self.weight, std=std)
         self.name, self.recipe = name, recipe
-        self.copies = self.made_of = self.kept = None   # FP8 (W, W^T), and which weight they were made of
+        self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
         self.health = None         # a dict while the log watches this layer's scales
 
@@ -120,18 +120,21 @@ class Linear(nn.Module):
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
-        self.copies, self.made_of = copies, self.fingerprint()
-        self.kept = self.weight, self.weight.detach()   # so that no later weight gets the same id or address
+        w = self.weight   # w.detach() holds on to the memory, so that no later weight gets its address
+        self.copies, self.made_of = copies, (w, w.detach(), None if w.is_inference() else w._version)
 
-    def fingerprint(self):
-        """Return the weight's id, its address, and how often it was changed (None in inference mode)."""
-        w = self.weight
-        return id(w), w.data_ptr(), None if w.is_inference() else w._version
+    def is_current(self):
+        """Return whether the weight is still the one that the copies were made of, and unchanged."""
+        if self.copies is None:
+            return False
+        w, memory, version = self.made_of
+        same = w is self.weight and w.data_ptr() == memory.data_ptr()
+        return same and (w.is_inference() or w._version == version)
 
     @torch.compiler.disable
     def current_copies(self):
         """Return FP8 (W, W^T). RuntimeError if the weight has changed since they were made."""
-        if self.copies is None or self.made_of != self.fingerprint():
+        if not self.is_current():
             raise RuntimeError(f"layer {self.name}: its weight has no FP8 copies, or has changed since: call "
                                f"requantize() of each of model.linears() after every change of weights")
         return self.copies
@@ -140,8 +143,7 @@ class Linear(nn.Module):
     w_t = property(lambda self: self.current_copies()[1])   # (in, out), for dgrad
 
     def __getstate__(self):   # for copy.deepcopy and pickle: current copies become those of the copied weight
-        copies = self.copies if self.made_of == self.fingerprint() else None
-        return {**self.__dict__, "copies": copies, "made_of": None, "kept": None}
+        return {**self.__dict__, "copies": self.copies if self.is_current() else None, "made_of": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -204,9 +206,9 @@ def attention(q, k, v, cache=None):
 # The decoder
 
 class Block(nn.Module):
-    """Two steps: x = x + out(attention(rope(qkv(norm1(x))))), x = x + down(swiglu(gate_up(norm2(x)))).
+    """Compute x = x + out(attention(rope(qkv(norm1(x))))), then x = x + down(swiglu(gate_up(norm2(x)))).
 
-    recipe: that of its linear layers, or None for high precision. The blocks of a model may differ.
+    recipe: that of its linear layers, None for high precision. The blocks of a model may have different ones.
     recompute = "block": only x is saved, and the backward pass computes the block again.
     """
 
