@@ -12,10 +12,9 @@ A recipe (microscale.py) quantizes the four linear layers of every block. In OLM
 parameters and do 93% of the arithmetic. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU).
 The optimizer sees FP32 weights.
 
-Most recipes run layer by layer: PyTorch computes norm, attention and SwiGLU, and each linear layer quantizes
-what it reads. `moss` computes the same block with three fused functions ("The dataflow of moss" below): there
-the kernel that computes a number also quantizes it, wherever that is possible, and most of what is saved for
-the backward pass is FP8.
+Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
+`moss` computes the same block with three fused functions ("The dataflow of moss" below). There the kernel
+that computes a number also quantizes it, if it can, and most of what is saved for the backward pass is FP8.
 """
 
 from dataclasses import dataclass
@@ -85,22 +84,22 @@ compiled = partial(torch.compile, dynamic=False) if torch.cuda.is_available() el
 class Linear(nn.Module):
     """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight.
 
-    `requantize` makes two FP8 copies of W, once per optimizer step, and copies of a weight that has changed
-    since are refused. Only a change in place through `.data`, as weight.data.mul_(2), escapes notice, because
-    PyTorch does not count it.
+    `requantize` makes two FP8 copies of W, once per optimizer step. Copies of a weight that has changed since
+    are refused. PyTorch does not count a change in place through `.data`, as in weight.data.mul_(2): that one
+    is not noticed.
     """
 
     def __init__(self, d_in, d_out, recipe, name, std=0.02):
         super().__init__()
         for axis, size in (("in", d_in), ("out", d_out)):
             if recipe and size % 16:
-                raise ValueError(f"layer {name}: {axis} = {size} is not a multiple of 16, which --fp8 "
-                                 f"{recipe} needs to tile it: change d, ffn or the heads, or train with --fp8 none")
+                raise ValueError(f"layer {name}: {axis} = {size} is no multiple of 16, which --fp8 {recipe} "
+                                 f"needs: change d, ffn or the heads, or train with --fp8 none")
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         if std:
             nn.init.normal_(self.weight, std=std)
         self.name, self.recipe = name, recipe
-        self.copies = self.made_of = self.kept = None   # FP8 (W, W^T), and which weight they were made of
+        self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
         self.health = None         # a dict while the log watches this layer's scales
 
@@ -108,7 +107,8 @@ class Linear(nn.Module):
         if not self.recipe or not x.numel():
             return F.linear(x, self.weight.to(x.dtype))
         y = fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
-        watch_layer(self, x, y)
+        if self.health is not None:
+            watch_layer(self, x.detach().flatten(0, -2), y)
         return y
 
     def requantize(self, scale=None):
@@ -120,18 +120,21 @@ class Linear(nn.Module):
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
-        self.copies, self.made_of = copies, self.fingerprint()
-        self.kept = self.weight, self.weight.detach()   # so that no later weight gets the same id or address
+        w = self.weight   # w.detach() holds on to the memory, so that no later weight gets its address
+        self.copies, self.made_of = copies, (w, w.detach(), None if w.is_inference() else w._version)
 
-    def fingerprint(self):
-        """Return the weight's id, its address, and how often it was changed (None in inference mode)."""
-        w = self.weight
-        return id(w), w.data_ptr(), None if w.is_inference() else w._version
+    def is_current(self):
+        """Return whether the weight is still the one that the copies were made of, and unchanged."""
+        if self.copies is None:
+            return False
+        w, memory, version = self.made_of
+        same = w is self.weight and w.data_ptr() == memory.data_ptr()
+        return same and (w.is_inference() or w._version == version)
 
     @torch.compiler.disable
     def current_copies(self):
         """Return FP8 (W, W^T). RuntimeError if the weight has changed since they were made."""
-        if self.made_of != self.fingerprint():
+        if not self.is_current():
             raise RuntimeError(f"layer {self.name}: its weight has no FP8 copies, or has changed since: call "
                                f"requantize() of each of model.linears() after every change of weights")
         return self.copies
@@ -140,8 +143,7 @@ class Linear(nn.Module):
     w_t = property(lambda self: self.current_copies()[1])   # (in, out), for dgrad
 
     def __getstate__(self):   # for copy.deepcopy and pickle: current copies become those of the copied weight
-        copies = self.copies if self.made_of == self.fingerprint() else None
-        return {**self.__dict__, "copies": copies, "made_of": None, "kept": None}
+        return {**self.__dict__, "copies": self.copies if self.is_current() else None, "made_of": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -178,6 +180,7 @@ def rope_and_split(qkv, cos, sin, d, kv_dim, head_dim):
     return rope(q, cos, sin), rope(k, cos, sin), v
 
 
+@torch.inference_mode(False)   # a table made while generating serves training as well
 def rope_table(seq, head_dim, theta, device=None):
     """Return cos and sin (seq, head_dim / 2) of the angle t theta^(-2 i / head_dim) at position t, pair i."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -203,9 +206,9 @@ def attention(q, k, v, cache=None):
 # The decoder
 
 class Block(nn.Module):
-    """Two steps: x = x + out(attention(rope(qkv(norm1(x))))), x = x + down(swiglu(gate_up(norm2(x)))).
+    """Compute x = x + out(attention(rope(qkv(norm1(x))))), then x = x + down(swiglu(gate_up(norm2(x)))).
 
-    recipe: that of its linear layers, or None for high precision. The blocks of a model may differ.
+    recipe: that of its linear layers, None for high precision. The blocks of a model may have different ones.
     recompute = "block": only x is saved, and the backward pass computes the block again.
     """
 
@@ -287,8 +290,8 @@ class Transformer(nn.Module):
         begins a new one. Raises ValueError for an empty prompt and for a negative temperature.
         """
         if not tokens.shape[1] or not temperature >= 0:
-            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: a text goes on from at least "
-                             f"one token, at a temperature of 0 (the likeliest token) or more")
+            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: it takes at least one "
+                             f"token to begin with, and a temperature of 0 or more")
         caches, new = [{} for _ in self.blocks], tokens[:, -self.config.seq:]
         for _ in range(count):
             if caches[0] and caches[0]["k"].shape[1] == self.config.seq:
@@ -333,8 +336,7 @@ def fused_block(block, x, cos, sin, cache):
 class NormQKV(torch.autograd.Function):
     """Compute q (B, T, heads, head_dim) and k after RoPE, and v, of x (B, T, d); and return x, too.
 
-    x is returned for the residual connection, so that the gradient along it arrives in `backward` here, where
-    norm_backward adds it to the gradient of x while writing that.
+    The residual connection reads that x. Its gradient arrives in `backward` below, for norm_backward to add.
     Saved for the backward pass: x, and norm(x) in FP8. Attention saves q, k and v, which are one tensor.
     """
 
@@ -380,8 +382,8 @@ class LinearResidual(torch.autograd.Function):
 class NormSwiGLUResidual(torch.autograd.Function):
     """Compute x + down(silu(gate(norm(x))) * up(norm(x))) of x (T, d): the second half of a block.
 
-    It is one function because FP8 cannot pass from one autograd function to another: in here, the kernel that
-    computes the gradient of [gate, up] writes FP8, and two products read it.
+    It is one function because autograd passes gradients in BF16 from one function to the next. In here, the
+    kernel that computes the gradient of [gate, up] writes FP8, and two products read it.
     Saved for the backward pass: x, and in FP8 norm(x), [gate, up] and silu(gate) * up.
     """
 
@@ -418,8 +420,7 @@ def linear_backward(dy, x, layer, dtype, dy_rows):
     """Return dX (T, K) and dW (N, K) of a layer, of Quantized dY (T, N) and X (T, K).
 
     dW is None if the weight is frozen, or if wgrad has added it to weight.grad itself: that moves 8 bytes per
-    weight, where writing dW and adding it in another kernel moves 16.
-    dy_rows() returns the first rows of dY before quantizing. It is called only while the log watches.
+    weight, not 16. dy_rows() returns the first rows of dY before quantizing; only the log calls it.
     """
     watch(layer, dy_rows, "_grad")
     dx = matmul(dy, layer.w_t, dtype, promote=True)
@@ -470,11 +471,10 @@ scaled = compiled(lambda x, factor: (x.float() * factor).to(x.dtype))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of x W^T in FP32, of x (T, d), W (vocab, d) and targets (T).
+    """Compute the mean cross-entropy of x W^T, of x (T, d), W (vocab, d) and targets (T).
 
-    `CHUNK` tokens at a time: their loss, and the gradient of their logits, which overwrites the logits in the
-    dtype of x. For 16384 tokens and 50304 words that is 1.5 GiB in BF16. PyTorch's cross-entropy keeps the
-    logits, and what it computes of them, in FP32: 9 GiB.
+    It does so in FP32 for `CHUNK` tokens at a time, and overwrites their logits with their gradient. Of 16384
+    tokens and 50304 words it keeps 1.5 GiB in BF16, where PyTorch's cross-entropy keeps 9 GiB in FP32.
     """
     CHUNK = 4096
 
@@ -496,7 +496,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, dloss):
         if torch.is_grad_enabled():   # create_graph=True
             raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take "
-                               "the loss of the logits that a model without targets returns, under --fp8 none")
+                               "that of the logits which a model without targets returns, under --fp8 none")
         x, weight, gradient = ctx.saved_tensors
         dw = (gradient.t() @ x).to(weight.dtype) * dloss
         return scaled(gradient @ weight.to(x.dtype), dloss), dw, None, None
@@ -506,8 +506,8 @@ class HeadLoss(torch.autograd.Function):
 def head_loss(x, weight, targets):
     """Return the loss of x (..., d). ValueError unless targets (...) are int64, one for each token."""
     if (targets.shape, targets.dtype, targets.device) != (x.shape[:-1], torch.int64, x.device):
-        raise ValueError(f"targets {tuple(targets.shape)} are {targets.dtype} on {targets.device}: each token "
-                         f"needs one, {tuple(x.shape[:-1])} of torch.int64 on {x.device}")
+        raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype} on {targets.device}: one for each "
+                         f"token is needed, {tuple(x.shape[:-1])}, torch.int64 on {x.device}")
     training = torch.is_grad_enabled()   # inside of an autograd function it is always off
     return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), training)
 
@@ -524,13 +524,12 @@ def watch(layer, rows, suffix=""):
     rows() returns X or dY (T, width) before quantizing. (In dY of gate_up folding changes a few values more,
     because swiglu_backward takes its scales from a bound.)
     """
-    if layer.health is None:
-        return
-    x, recipe = rows()[:WATCHED].float(), layer.recipe
-    fmt = FORMATS[recipe.grad_format] if suffix else E4M3
-    layer.health["saturated" + suffix] = saturated_share(x, quantize(x, fmt, recipe.act_block, recipe.rule))
-    if recipe.act_block == (1, ALL):
-        layer.health["folded" + suffix] = fold_loss(x, fmt)[0]
+    if layer.health is not None:
+        x, r = rows()[:WATCHED].float(), layer.recipe
+        fmt = FORMATS[r.grad_format] if suffix else E4M3
+        layer.health["saturated" + suffix] = saturated_share(x, quantize(x, fmt, r.act_block, r.rule))
+        if r.act_block == (1, ALL):
+            layer.health["folded" + suffix] = fold_loss(x, fmt)[0]
 
 
 def watch_wgrad(layer, dy, x):
@@ -542,19 +541,16 @@ def watch_wgrad(layer, dy, x):
 
 
 def watch_layer(layer, x, y):
-    """Record the same of a layer that is not fused, from its input x and output y (..., width)."""
+    """Record the same of a layer that is not fused, with input x (T, K) and output y."""
     def watch_gradient(dy):
         dy, r = dy.flatten(0, -2), layer.recipe
         watch(layer, lambda: dy, "_grad")
         if r.act_block == (1, ALL) and layer.weight.requires_grad:
-            watch_wgrad(layer, quantize(dy, FORMATS[r.grad_format], r.act_block, r.rule),
-                        quantize(x, E4M3, r.act_block, r.rule))
-
-    if layer.health is not None:
-        x = x.detach().flatten(0, -2)
-        watch(layer, lambda: x)
-        if y.requires_grad:
-            y.register_hook(watch_gradient)
+            watch_wgrad(layer, *(quantize(z, fmt, r.act_block, r.rule)
+                                 for z, fmt in ((dy, FORMATS[r.grad_format]), (x, E4M3))))
+    watch(layer, lambda: x)
+    if y.requires_grad:
+        y.register_hook(watch_gradient)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -579,7 +575,7 @@ def memory(model, tokens, ranks=1, element=2):
     """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number.
 
     Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. With ranks > 1
-    (train.py --shard) a rank keeps a share of the moments and of the FP32 weights of the blocks' linear layers.
+    (train.py --shard) a rank keeps a share of the moments, and of the weights of the blocks' linear layers.
     """
     (linear, total), (vocab, d) = parameter_count(model), model.head.weight.shape
     copies = element * vocab * d   # what the products read: W and W^T in FP8, or W in BF16
@@ -599,13 +595,14 @@ def saved_by_block(block, element):
     qkv, out, *hidden, down = layers = [m for m in block.modules() if isinstance(m, Linear)]
     inputs, hidden = sum(m.weight.shape[1] for m in layers), sum(m.weight.shape[0] for m in hidden)
     (width, d), ffn, recipe = qkv.weight.shape, down.weight.shape[1], qkv.recipe
-    saved = element * (3 * d + width)   # inputs of both halves; attention output; q, k and v
+    saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
     if block.fused:
-        return saved + inputs + hidden   # in FP8: what the four layers read; [gate, up]
-    saved += element * (width - block.config.kv_dim + hidden + ffn)   # q, k before RoPE; [gate, up]; silu(gate)
+        return saved + inputs + hidden   # in FP8 what the four layers read, and [gate, up]
+    kv = block.config.kv_dim
+    saved += element * (width - kv + hidden + ffn)   # q and k before RoPE, [gate, up], silu(gate)
     if recipe:
         return saved + inputs * quantized_bytes(recipe.act_block, recipe.rule)
-    return saved + element * (inputs - d)   # what `out` reads is the attention output
+    return saved + element * (inputs - d)   # `out` reads the attention output, which is counted already
 
 
 def quantized_bytes(block, rule):
@@ -616,14 +613,15 @@ def quantized_bytes(block, rule):
 if __name__ == "__main__":
     rows = {name: (name, "none", 1) for name in RECIPES}
     rows |= {"moss, block": ("moss", "block", 1), "moss, 8 GPUs": ("moss", "none", 8)}
-    for name, config in PRESETS.items():
+    for preset, config in PRESETS.items():
         for row, (fp8, recompute, ranks) in rows.items():
             with torch.device("meta"):
                 model = Transformer(config, fp8, recompute)
             use = memory(model, config.seq, ranks)
             if row == "none":
-                print(f"{name}: {parameter_count(model)[1]:,} parameters, {flops_per_token(model) / 1e9:.2f} "
-                      f"GFLOP per token; GiB for one sequence of {config.seq}:")
-                print(f"    {'':12}" + "".join(f"{key:>13}" for key in use) + f"{'total':>13}")
+                _, total = parameter_count(model)
+                print(f"{preset}: {total:,} parameters, {flops_per_token(model) / 1e9:.2f} GFLOP per token; "
+                      f"GiB for one sequence of {config.seq}:")
+                print(f"    {'':12}" + "".join(f"{name:>13}" for name in (*use, "total")))
             print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()

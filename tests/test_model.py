@@ -1,11 +1,14 @@
-"""Model sizes against the published ones, the counts against what PyTorch holds, and what a decoder must not do."""
+"""Sizes against the published ones, counts against what PyTorch counts, and what a decoder must not do."""
 
+import copy
 import dataclasses
+import io
 from collections import defaultdict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,15 +17,15 @@ import microscale
 import model as m
 from conftest import DEVICE
 from gemm_kernel import relative_error
-from microscale import NORMS, RECIPES, rope, sqnr, swiglu, swiglu_gradient, swiglu_rows_reference
-from model import PRESETS, ModelConfig, Transformer
+from microscale import ALL, NORMS, RECIPES, quantize, rope, sqnr, swiglu, swiglu_gradient
+from model import PRESETS, Block, Linear, ModelConfig, Transformer
 
 TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
-DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]   # a model on a GPU has BF16 alone
+DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]   # of a model on a GPU
 
 
 def make(config=TINY, fp8="none", recompute="none", device="cpu", gain=1):
-    """`gain` multiplies W: with 4, attention and SwiGLU are far from linear. The weights of norms are not all one."""
+    """`gain` multiplies W: with 4, attention and SwiGLU are far from linear. Weights of norms are not 1."""
     torch.manual_seed(0)
     model = Transformer(config, fp8, recompute)
     by_tensor = model.recipe and model.recipe.weight_scale != "block"
@@ -38,8 +41,8 @@ def tokens(B=2, T=32, vocab=64):
 
 
 def gradients(model, B=2):
-    """Of one step: the loss, and the gradient of every parameter by name."""
-    x = tokens(B).to(DEVICE)
+    """Return the loss of one step, and the gradient of every parameter by name."""
+    x = tokens(B).to(model.embed.weight.device)
     loss = model(x, x.roll(-1, dims=1))
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
@@ -53,29 +56,28 @@ def gradients(model, B=2):
 def test_parameter_counts_equal_the_published_ones(preset, published):
     with torch.device("meta"):
         model = Transformer(PRESETS[preset])
-    assert sum(p.numel() for p in model.parameters()) == published == m.parameter_count(PRESETS[preset])[1]
+    linear, total = m.parameter_count(model)
+    assert total == published and linear == sum(layer.weight.numel() for layer in model.linears())
 
 
-@pytest.mark.parametrize("change", [{}, {"tied": True}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
-def test_parameter_formula_equals_what_the_model_holds(change):
-    config = dataclasses.replace(TINY, **change)
-    linear, total = m.parameter_count(config)
-    model = Transformer(config)
-    assert total == sum(p.numel() for p in model.parameters())
-    assert linear == sum(layer.weight.numel() for layer in model.linears())
+def with_another_mlp(model):
+    """A fork: the second block has an MLP of width 100, which FP8 could not tile."""
+    model.blocks[1] = Block(dataclasses.replace(model.config, ffn=100), None, "blocks.1", "none")
+    return model
 
 
-def test_flops_equal_those_that_pytorch_counts():
+@pytest.mark.parametrize("change", [lambda model: model, with_another_mlp], ids=["plain", "fork"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_equal_those_that_pytorch_counts(tied, change):
     from torch.utils.flop_counter import FlopCounterMode
-    config = dataclasses.replace(TINY, seq=32)
-    model, x = make(config), tokens()
+    model, x = change(make(dataclasses.replace(TINY, tied=tied))), tokens()
     with FlopCounterMode(display=False) as counter:
         model(x, x).backward()
     # of attention PyTorch counts the masked half as well: only the rest is compared
     counts = counter.get_flop_counts()["Global"]
     products = sum(v for k, v in counts.items() if "attention" not in str(k))
-    attention = 6 * config.layers * config.d * config.seq * x.numel()
-    assert products + attention == m.flops_per_token(config) * x.numel()
+    attention = 6 * TINY.layers * TINY.d * TINY.seq * x.numel()
+    assert products + attention == m.flops_per_token(model) * x.numel()
 
 
 def kept_by_autograd(model, x):
@@ -103,26 +105,35 @@ def test_activation_count_equals_what_autograd_keeps(fp8, recompute, change):
     x, config = tokens(4, 64, 512), dataclasses.replace(WIDE, **change)
 
     def count(layers, recompute):
-        c = dataclasses.replace(config, layers=layers)
-        return m.memory(c, fp8, x.numel(), element=4, recompute=recompute)["activations"]
+        model = Transformer(dataclasses.replace(config, layers=layers), fp8, recompute)
+        return m.memory(model, x.numel(), element=4)["activations"]
 
     expected = count(2, recompute)
-    if recompute == "block":   # of the block that is made again, only its input is there before the backward pass
+    if recompute == "block":   # of the one block that is counted whole, only the input is there so far
         expected -= count(2, "none") - count(1, "none") - 4 * config.d * x.numel()
-    # not in the formula: statistics of norm and attention, and a scale per row: a few bytes per token and layer
+    # not counted: statistics of norm and attention, and a scale per row, a few bytes per token and layer
     kept = kept_by_autograd(make(config, fp8, recompute), x)
     assert sum(nbytes for _, nbytes in kept) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute, fp8_inputs", [("none", [256, 256, 256]), ("act", [])])
-def test_moss_keeps_the_tensors_that_memory_lists_and_no_other(recompute, fp8_inputs):
+def test_moss_keeps_the_tensors_that_are_listed_and_no_other():
     c, x, widths = dataclasses.replace(WIDE, kv_heads=2), tokens(4, 64, 512), defaultdict(list)
-    for dtype, nbytes in kept_by_autograd(make(c, "moss", recompute), x):
+    for dtype, nbytes in kept_by_autograd(make(c, "moss"), x):
         widths[dtype].append(nbytes / dtype.itemsize / x.numel())
-    block = [c.d, c.d + 2 * c.kv_dim, c.d, c.d]   # in the order of the docstring; q, k and v are one tensor
+    block = [c.d, c.d + 2 * c.kv_dim, c.d, c.d]   # in the order of the comment; q, k and v are one tensor
     listed = [*c.layers * block, c.d, c.d, c.vocab]
-    assert sorted(w for w in widths[torch.float32] if w > c.heads) == sorted(listed)   # <= heads: statistics, scales
-    assert sorted(widths[torch.float8_e4m3fn]) == sorted(c.layers * [*fp8_inputs, c.ffn, 2 * c.ffn])
+    large = [w for w in widths[torch.float32] if w > c.heads]   # the others are statistics and scales
+    assert sorted(large) == sorted(listed)
+    assert sorted(widths[torch.float8_e4m3fn]) == sorted(c.layers * [c.d, c.d, c.d, c.ffn, 2 * c.ffn])
+
+
+def test_ranks_share_moments_and_the_weights_of_quantized_layers():
+    model = Transformer(WIDE, "moss")
+    linear, total = m.parameter_count(model)
+    alone, shared = (m.memory(model, 64, ranks) for ranks in (1, 4))
+    assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
+    assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
+    assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -151,20 +162,9 @@ def test_rope_turns_by_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
-def test_layer_norm_preset_has_no_norm_parameters_and_rms_has():
-    names = [n for n, _ in Transformer(dataclasses.replace(TINY, norm="layer")).named_parameters() if "norm" in n]
-    assert names == []
-    assert len([n for n, _ in Transformer(TINY).named_parameters() if "norm" in n]) == 2 * TINY.layers + 1
-
-
-def test_tied_head_is_the_embedding():
-    model = Transformer(dataclasses.replace(TINY, tied=True))
-    assert model.head.weight is model.embed.weight
-
-
 def test_grouped_query_attention_equals_repeated_keys_and_values():
     few, many = make(dataclasses.replace(TINY, kv_heads=2)), make(TINY)
-    many.load_state_dict({**many.state_dict(), **{k: v for k, v in few.state_dict().items() if "qkv" not in k}})
+    many.load_state_dict({k: v for k, v in few.state_dict().items() if "qkv" not in k}, strict=False)
     for a, b in zip(few.blocks, many.blocks):
         q, k, v = a.qkv.weight.detach().split((64, 32, 32))
         repeated = [w.view(2, 1, 16, 64).expand(2, 2, 16, 64).reshape(64, 64) for w in (k, v)]
@@ -207,7 +207,7 @@ def block_step(config, fp8, dtype, B, T, fused=True):
 
 
 class SwiGLUWithHInE4M3(torch.autograd.Function):
-    """For the block computed layer by layer: its gradient, too, is taken at what a fused block keeps of [gate, up]."""
+    """Take the gradient of a block computed layer by layer at what a fused block keeps of [gate, up], too."""
 
     @staticmethod
     def forward(ctx, h):
@@ -217,12 +217,12 @@ class SwiGLUWithHInE4M3(torch.autograd.Function):
     @staticmethod
     def backward(ctx, da):
         (h,) = ctx.saved_tensors
-        _, h_q = swiglu_rows_reference(h.flatten(0, 1))
+        h_q = quantize(h.flatten(0, 1), block=(1, ALL))
         return swiglu_gradient(h_q.dequantize(), da.flatten(0, 1)).to(h.dtype).view_as(h)
 
 
-# SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded apart: 55 dB
-# or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more on their way to a layer: 25 dB or so
+# SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded
+# apart: 55 dB or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more: about 25 dB
 LAYERED = {torch.float32: 45, torch.bfloat16: 20}
 CHANGES = pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
 
@@ -235,7 +235,8 @@ def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, chang
     config = dataclasses.replace(TINY, **change)
     fused, layered = (block_step(config, "moss", dtype, B, T, fused) for fused in (True, False))
     for name in layered:
-        assert fused[name].dtype == layered[name].dtype and sqnr(layered[name], fused[name]) > LAYERED[dtype], name
+        assert fused[name].dtype == layered[name].dtype, name
+        assert sqnr(layered[name], fused[name]) > LAYERED[dtype], name
 
 
 @CHANGES
@@ -243,7 +244,7 @@ def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, chang
 def test_fused_block_is_as_close_to_the_unquantized_block_as_e4m3_allows(dtype, change):
     config = dataclasses.replace(TINY, **change)
     exact, fused = (block_step(config, fp8, dtype, 16, 17) for fp8 in ("none", "moss"))
-    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and what earlier layers add, leave 20.3 or more
+    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
         assert sqnr(exact[name], fused[name]) > 18, name
 
 
@@ -251,28 +252,29 @@ def test_fused_block_is_as_close_to_the_unquantized_block_as_e4m3_allows(dtype, 
 def test_a_step_leaves_the_fp8_copies_of_the_weights_alone(recompute):
     model = make(fp8="moss", recompute=recompute, device=DEVICE)
     copies = [(layer, which) for layer in model.linears() for which in ("w", "w_t")]
-    before = [(q.data.data_ptr(), q.data.float(), q.scale.clone()) for q in (getattr(*copy) for copy in copies)]
+    before = [(q.data.data_ptr(), q.data.float(), q.scale.clone()) for q in (getattr(*c) for c in copies)]
     gradients(model)
-    for copy, (address, data, scale) in zip(copies, before):
-        q = getattr(*copy)
-        assert q.data.data_ptr() == address and torch.equal(q.data.float(), data) and torch.equal(q.scale, scale)
+    for c, (address, data, scale) in zip(copies, before):
+        q = getattr(*c)
+        assert q.data.data_ptr() == address
+        assert torch.equal(q.data.float(), data) and torch.equal(q.scale, scale)
 
 
-@pytest.mark.parametrize("fp8, recompute", [("moss", "act"), ("moss", "block"), ("none", "block"), ("group", "block")])
+@pytest.mark.parametrize("fp8", ["none", "group", "moss"])
 @torch.compiler.set_stance("force_eager")   # what is compiled anew may sum in another order
-def test_recomputation_changes_no_bit(fp8, recompute):
-    kept, again = (gradients(make(fp8=fp8, recompute=r, device=DEVICE, gain=4)) for r in ("none", recompute))
+def test_recomputation_changes_no_bit(fp8):
+    kept, again = (gradients(make(fp8=fp8, recompute=r, device=DEVICE, gain=4)) for r in m.RECOMPUTE)
     for name in kept:
         assert torch.equal(kept[name], again[name]), name
 
 
-# What is compiled rounds to BF16 less often and sums in another order: values move by a step of BF16 at most. That left
-# 38 dB or more in 12 seeds on a CPU. Of values that move, one in 16 gets another code of E4M3. If all do, that is the
-# noise of one quantization, 31 dB, and 21 dB after ten of them; 25 dB or more were left
+# Compiled code rounds to BF16 less often and sums in another order: values move by a step of BF16 at most.
+# That left 38 dB or more in 12 seeds on a CPU. Of values that move, one in 16 gets another code of E4M3. If
+# all do, that is the noise of one quantization, 31 dB, and 21 dB after ten of them; 25 dB or more were left
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8, decibels", [("none", 30), ("moss", 20)])
 def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
-    torch.compiler.reset()   # after 8 shapes a function stays as it is: those of other tests do not count here
+    torch.compiler.reset()   # after 8 shapes a function stays as it is: do not count those of other tests
     compiled = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
     with torch.compiler.set_stance("force_eager"):
         eager = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
@@ -283,8 +285,8 @@ def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
 def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_that(preset, monkeypatch):
-    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantizer more, because of
-    them: after eight quantizers kernels and emulation differ by the noise of FP8, but they must not add to it."""
+    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantizer sends
+    more. After eight quantizers kernels and emulation differ by the noise of FP8, but must not add to it."""
     config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
     x, seen = tokens(4, 512, 1024).to(DEVICE), {}
     for name in ("none", "moss", "emulated"):
@@ -300,14 +302,9 @@ def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_t
     for name in seen["none"]:
         emulated, kernels, between = (sqnr(seen[a][name], seen[b][name]) for a, b in (
             ("none", "emulated"), ("none", "moss"), ("emulated", "moss")))
-        print(f"{name:32} to BF16: emulated {emulated:.1f} dB, kernels {kernels:.1f} dB; between them {between:.1f} dB")
+        print(f"{name:32} dB to BF16: emulated {emulated:.1f}, kernels {kernels:.1f}; between {between:.1f}")
         if name != "loss":
             assert kernels > emulated - 0.5 and between > emulated, name
-
-
-def test_unknown_recomputation_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'everything'.*none, act, block"):
-        Transformer(TINY, "moss", "everything")
 
 
 @pytest.mark.parametrize("change", [{}, {"kv_heads": 2}], ids=str)
@@ -322,8 +319,9 @@ def test_wgrad_that_adds_to_the_gradient_gives_the_gradient_that_autograd_gives(
             x = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
             model(x, x).backward()
         seen.append({name: p.grad for name, p in model.named_parameters()})
-    for name in seen[0]:   # bit for bit, but that a GPU rounds once where it multiplies by a scale and adds
-        assert relative_error(seen[1][name], seen[0][name].double()) <= (2**-23 if DEVICE == "cuda" else 0), name
+    bound = 2**-23 if DEVICE == "cuda" else 0   # a GPU rounds once where it multiplies by a scale and adds
+    for name in seen[0]:
+        assert relative_error(seen[1][name], seen[0][name].double()) <= bound, name
 
 
 @pytest.mark.parametrize("recompute", m.RECOMPUTE)
@@ -346,7 +344,7 @@ def test_fused_block_watches_the_numbers_that_the_block_computed_layer_by_layer_
         monkeypatch.setattr(m, "fold_loss", lambda x, fmt: [seen[fused].append(x)])
         gradients(model, B=16)   # 512 tokens
         for layer in model.linears():
-            assert layer.health.keys() == {"saturated", "folded", "saturated_grad", "folded_grad"}
+            assert layer.health.keys() == HEALTH
     assert len(seen[True]) == len(seen[False]) == 8   # X and dY of four layers
     for a, b in zip(*seen.values()):
         assert len(a) == m.WATCHED and sqnr(b, a) > LAYERED[DTYPES[0]] - 5   # dY of qkv in BF16: 20.8 dB
@@ -388,7 +386,7 @@ def test_head_loss_equals_the_cross_entropy_of_all_logits(dtype, tolerance, monk
     exact = F.cross_entropy(exact_x @ exact_w.t(), targets)
     (exact / 3).backward()
     assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
-    assert relative_error(x.grad, exact_x.grad) < tolerance and relative_error(w.grad, exact_w.grad) < tolerance
+    assert max(relative_error(x.grad, exact_x.grad), relative_error(w.grad, exact_w.grad)) < tolerance
     assert x.grad.dtype == dtype and w.grad.dtype == torch.float32
 
 
@@ -396,8 +394,9 @@ def test_head_loss_equals_the_cross_entropy_of_all_logits(dtype, tolerance, monk
 def test_scaling_the_loss_scales_both_gradients_by_as_much(dtype, monkeypatch):
     x, w, targets = head_inputs(dtype, monkeypatch)
     whole, third = (torch.autograd.grad(m.head_loss(x, w, targets) / n, (x, w)) for n in (1, 3))
-    for a, b in zip(whole, third):   # roundings of single values cancel in the sum; a rounded 1/3 (0.2% in BF16) stays
-        assert (3 * (a.double() * b.double()).sum() / a.double().square().sum()).item() == pytest.approx(1, abs=5e-4)
+    for a, b in zip(whole, third):   # roundings of single values cancel in the sum; that of 1/3 (0.2%) stays
+        a, b = a.double(), b.double()
+        assert (3 * (a * b).sum() / a.square().sum()).item() == pytest.approx(1, abs=5e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -429,16 +428,16 @@ def test_loss_without_gradient_makes_no_gradient_of_the_logits(monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 # Recipes in the model
 
+HEALTH = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}
+
+
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
 def test_fp8_changes_loss_and_gradients_by_little(fp8):
-    exact, quantized = make(), make(fp8=fp8)
-    losses = [model(tokens(), tokens(T=32)) for model in (exact, quantized)]
-    for loss in losses:
-        loss.backward()
-    assert losses[1].item() == pytest.approx(losses[0].item(), abs=0.01)
-    for (name, p), q in zip(exact.named_parameters(), quantized.parameters()):
-        similarity = torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
-        assert similarity > 0.98, name   # E5M2 gradients (tensor) keep 3 bits: 12% error at most, 4% on average
+    exact, quantized = gradients(make()), gradients(make(fp8=fp8))
+    assert quantized.pop("loss").item() == pytest.approx(exact["loss"].item(), abs=0.01)
+    for name in quantized:
+        similarity = torch.cosine_similarity(exact[name].flatten(), quantized[name].flatten(), dim=0)
+        assert similarity > 0.98, name   # E5M2 gradients (tensor) keep 3 bits: errors of 4% on average
 
 
 def test_print_shows_the_recipe_of_each_layer():
@@ -452,53 +451,33 @@ def test_initial_weights_are_the_same_under_every_recipe():
     assert all(torch.equal(states[0][k], s[k]) for s in states for k in states[0])
 
 
-def test_widths_that_fp8_cannot_tile_are_refused_at_construction_by_layer_name():
-    with pytest.raises(ValueError, match=r"layer blocks.0.gate_up: out = 200 .* multiple of 16, .*--fp8 moss"):
-        Transformer(dataclasses.replace(TINY, ffn=100), "moss")
-    Transformer(dataclasses.replace(TINY, ffn=100), "none")
-
-
-@pytest.mark.parametrize("change, message", [({"d": 66}, "d = 66"), ({"kv_heads": 3}, "heads = 4"),
-                                             ({"norm": "batch"}, "'batch'")])
-def test_impossible_shapes_are_refused_by_name(change, message):
+@pytest.mark.parametrize("change, options, message", [
+    ({"d": 66}, (), "d = 66"), ({"kv_heads": 3}, (), "heads = 4"), ({"kv_heads": -2}, (), "kv_heads -2"),
+    ({"heads": 0}, (), "heads = 0"), ({"layers": 0}, (), "layers = 0"), ({"ffn": -96}, (), "ffn = -96"),
+    ({"norm": "batch"}, (), "'batch'"), ({}, ("fp4",), "'fp4'.*none, tensor, group, mx, moss"),
+    ({}, ("moss", "act"), "'act'.*none, block"),
+    ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: out = 200 .* multiple of 16, .*--fp8 moss")], ids=str)
+def test_impossible_models_are_refused_by_name(change, options, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **change)
+        Transformer(dataclasses.replace(TINY, **change), *options)
 
 
-@pytest.mark.parametrize("fp8", ["none", "moss"])
-def test_a_sequence_longer_than_the_models_is_refused(fp8):
-    with pytest.raises(ValueError, match="33 tokens.*at most 32"):
-        make(fp8=fp8)(torch.zeros(1, 33, dtype=torch.long, device=DEVICE))
+def test_targets_that_do_not_fit_the_tokens_are_refused():
+    x, model = tokens(), make()
+    for targets in (x[:, :8], x.t(), x.flatten(), x.int(), x.to("meta")):
+        with pytest.raises(ValueError, match="targets"):
+            model(x, targets)
+    with pytest.raises(ValueError, match="targets"):
+        m.head_loss(torch.randn(8, 64), model.head.weight, x[0, :7])
 
 
-def test_after_the_first_tokens_of_a_text_the_model_takes_one_at_a_time():
-    model, caches = make(), [{} for _ in range(TINY.layers)]
-    with torch.no_grad():
-        model(tokens()[:1, :6], caches=caches)
-        with pytest.raises(ValueError, match="3 tokens after 6.*one at a time"):
-            model(tokens()[:1, 6:9], caches=caches)
-
-
-def test_a_model_without_fp8_weights_says_what_makes_them():
-    with pytest.raises(RuntimeError, match="requantize"):
-        Transformer(TINY, "moss")(torch.zeros(1, 4, dtype=torch.long))
-
-
-def test_other_weights_need_other_fp8_copies():
-    model = make(fp8="moss")
-    model.load_state_dict(make(fp8="moss", gain=2).state_dict())
-    with pytest.raises(RuntimeError, match="requantize"):
-        model(tokens())
-
-
-def test_a_frozen_weight_of_moss_keeps_the_gradient_that_it_has():
-    model = make(fp8="moss")
-    frozen = model.blocks[0].down
-    for layer in model.linears():
-        layer.accumulates, layer.weight.grad = True, torch.zeros_like(layer.weight)
-    frozen.weight.requires_grad_(False)
-    model(tokens(), tokens()).backward()
-    assert frozen.weight.grad.count_nonzero() == 0 and model.blocks[0].out.weight.grad.count_nonzero() > 0
+@pytest.mark.parametrize("fp8", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)], ids=str)
+def test_no_tokens_give_no_logits_and_no_gradient(fp8, shape):
+    model, x = make(fp8=fp8), torch.zeros(shape, dtype=torch.long)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (*shape, 64) and not any(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("fp8", ["none", "moss"])
@@ -509,12 +488,7 @@ def test_a_second_derivative_of_the_loss_is_an_error(fp8):
         torch.autograd.grad(loss, model.embed.weight, create_graph=True)
 
 
-def test_unknown_recipe_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'fp4'.*none, tensor, group, mx, moss"):
-        Transformer(TINY, "fp4")
-
-
-def test_health_counts_saturation_only_while_it_is_watched():
+def test_health_is_counted_only_while_it_is_watched():
     model = make(fp8="moss")
     model(tokens())
     assert all(layer.health is None for layer in model.linears())
@@ -526,6 +500,190 @@ def test_health_counts_saturation_only_while_it_is_watched():
         assert 0 <= layer.health["folded"] < 0.05 and 0 <= layer.health["folded_grad"] < 0.5
 
 
+def test_the_log_tells_what_the_fold_across_tokens_changes():
+    layer = Linear(64, 32, RECIPES["moss"], "one")
+    layer.requantize()
+    layer.health = {}
+    x, dy = (torch.randn(512, n) for n in (64, 32))
+    dy[:256:2] *= 2.0**-30   # half of the tokens that are watched: next to the others they become zero
+    layer(x).backward(dy)
+    assert layer.health.keys() == HEALTH
+    assert layer.health["folded_wgrad"] == pytest.approx(0.5, abs=0.01) and layer.health["folded_grad"] < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------
+# FP8 copies of weights
+
+def step_of(optimizer, **options):
+    def change(model, layer):
+        gradients(model)
+        optimizer(model.parameters(), lr=1e-2, **options).step()
+    return change
+
+
+def new_memory_twice(model, layer):
+    for _ in range(2):   # the second time, the allocator may give back the first address
+        layer.weight.data = 2 * layer.weight.data
+
+
+def new_parameter_in_old_memory(model, layer):
+    layer.weight = nn.Parameter(layer.weight.data)
+    while layer.weight._version < layer.made_of[2]:
+        nn.init.ones_(layer.weight)
+
+
+def assign(model, layer):
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+CHANGES_OF_A_WEIGHT = {
+    "AdamW": step_of(torch.optim.AdamW), "foreach": step_of(torch.optim.AdamW, foreach=True),
+    "fused": step_of(torch.optim.AdamW, fused=True), "fused SGD": step_of(torch.optim.SGD, fused=True),
+    "in place": lambda model, layer: nn.init.ones_(layer.weight),
+    "new parameter": lambda model, layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
+    "new parameter in old memory": new_parameter_in_old_memory, "new memory twice": new_memory_twice,
+    "vector": lambda model, layer: nn.utils.vector_to_parameters(torch.ones(64 * 64), [layer.weight]),
+    "loaded": lambda model, layer: model.load_state_dict(model.state_dict()), "assigned": assign,
+    "loaded in part": lambda model, layer: layer.load_state_dict(layer.state_dict()),
+    "other dtype and back": lambda model, layer: model.bfloat16().float(),
+    "parametrized": lambda model, layer: nn.utils.parametrizations.weight_norm(layer),
+    "never made": lambda model, layer: setattr(layer, "copies", None)}
+
+
+@pytest.mark.parametrize("fp8", ["moss", "group"])
+@pytest.mark.parametrize("way", CHANGES_OF_A_WEIGHT)
+def test_fp8_copies_of_a_weight_that_has_changed_are_refused(way, fp8):
+    model = make(fp8=fp8)
+    CHANGES_OF_A_WEIGHT[way](model, model.blocks[1].out)
+    with pytest.raises(RuntimeError, match="requantize"):
+        model(tokens())
+    with pytest.raises(RuntimeError, match="requantize"):   # a copy of the model does not make them current
+        copy.deepcopy(model)(tokens())
+
+
+def test_a_model_that_is_compiled_whole_refuses_them_too():
+    model = make(fp8="moss")
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(tokens()), model(tokens()))
+    nn.init.ones_(model.blocks[1].out.weight)
+    with pytest.raises(RuntimeError, match="requantize"):
+        compiled(tokens())
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_model_has_fp8_copies_of_its_own(copy_of):
+    model = make(fp8="moss")
+    other, expected = copy_of(model), model(tokens())
+    for layer in model.linears():
+        nn.init.zeros_(layer.weight)
+        layer.requantize()
+    assert torch.equal(other(tokens()), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@torch.compiler.set_stance("force_eager")
+def test_a_model_made_without_memory_computes_once_it_has_weights(assign):
+    model = make(fp8="moss")
+    with torch.device("meta"):
+        other = Transformer(TINY, "moss")
+    other = other if assign else other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    for layer, scaled in zip(other.linears(), model.linears()):
+        layer.requantize(scaled.w.scale)
+    with torch.inference_mode():
+        other(tokens())   # what it makes here must not be in the way of training
+    assert all(torch.equal(a, b) for a, b in zip(gradients(other).values(), gradients(model).values()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Forks
+
+def test_blocks_of_all_recipes_work_in_one_model():
+    model, scale = make(dataclasses.replace(TINY, layers=len(RECIPES)), "moss"), torch.tensor(1e-3)
+    for i, recipe in enumerate(RECIPES.values()):
+        torch.manual_seed(i)
+        model.blocks[i] = Block(model.config, recipe, f"blocks.{i}", m.RECOMPUTE[i % 2])
+    for layer in model.linears():
+        layer.requantize(scale)   # only for recipes with one scale per weight
+        layer.health = {} if layer.recipe else None
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == scale
+    for layer in model.linears():
+        by_row = layer.recipe and layer.recipe.act_block == (1, ALL)
+        expected = HEALTH if by_row else {"saturated", "saturated_grad"} if layer.recipe else None
+        assert layer.health == expected or layer.health.keys() == expected
+
+
+def test_a_block_made_by_a_fork_has_initial_weights():
+    layers = [layer for layer in Block(TINY, None, "mine", "none").modules() if isinstance(layer, Linear)]
+    deviations = [layer.weight.std().item() for layer in layers]
+    assert deviations == pytest.approx([0.02, 0.01, 0.02, 0.01], rel=0.05)   # out, down: 1 / sqrt(2 layers)
+
+
+@pytest.mark.parametrize("fp8, fused", [("none", False), ("group", False), ("moss", False), ("moss", True)])
+@pytest.mark.parametrize("frozen", ["embed", "norm", "blocks.0.down", "blocks.0", "head"])
+@torch.compiler.set_stance("force_eager")
+def test_frozen_weights_leave_all_other_gradients_as_they_are(frozen, fp8, fused):
+    model, all_trained = make(fp8=fp8), make(fp8=fp8)
+    for block in (*model.blocks, *all_trained.blocks):
+        block.fused = fused
+    for name, p in model.named_parameters():
+        p.grad = torch.zeros_like(p)
+        p.requires_grad_(frozen not in name)
+    for layer in model.linears():
+        layer.accumulates = fused
+    expected = gradients(all_trained)
+    for name, gradient in gradients(model).items():
+        frozen_here = name != "loss" and frozen in name
+        assert not gradient.any() if frozen_here else torch.equal(gradient, expected[name]), name
+
+
+class WithAdapter(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_fused_functions_do_not_pass_over_hooks_and_replaced_layers():
+    model, seen = make(fp8="moss"), []
+    expected = model(tokens())
+    hook = model.blocks[0].down.register_forward_hook(lambda module, x, y: seen.append(y))
+    assert sqnr(expected, model(tokens())) > 45 and len(seen) == 1
+    hook.remove()
+    model.blocks[0].out.__class__ = WithAdapter
+    assert sqnr(expected, model(tokens())) < 30
+
+
+@pytest.mark.parametrize("change", [{"grad_format": "e5m2"}, {"rule": "floor"}, {"name": "mine"}], ids=str)
+def test_only_the_recipe_that_the_fused_functions_compute_is_fused(change, monkeypatch):
+    assert make(fp8="moss").blocks[0].fused
+    monkeypatch.setitem(m.RECIPES, "moss", dataclasses.replace(m.RECIPES["moss"], **change))
+    assert not make(fp8="moss").blocks[0].fused
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+@pytest.mark.parametrize("fp8", ["none", "moss"])
+def test_a_sequence_longer_than_the_models_is_refused(fp8):
+    with pytest.raises(ValueError, match="33 tokens.*at most 32"):
+        make(fp8=fp8)(torch.zeros(1, 33, dtype=torch.long, device=DEVICE))
+
+
+def test_after_the_first_tokens_of_a_text_the_model_takes_one_at_a_time():
+    model, caches = make(), [{} for _ in range(TINY.layers)]
+    with torch.no_grad():
+        model(tokens()[:1, :6], caches=caches)
+        with pytest.raises(ValueError, match="3 tokens after 6.*pass one"):
+            model(tokens()[:1, 6:9], caches=caches)
+
+
 @pytest.mark.parametrize("fp8, recompute", [("none", "none"), ("moss", "none"), ("moss", "block")])
 @pytest.mark.parametrize("change", [{}, {"kv_heads": 2, "norm": "layer"}], ids=str)
 def test_keys_and_values_that_were_kept_give_the_logits_of_the_whole_text(fp8, recompute, change):
@@ -534,27 +692,25 @@ def test_keys_and_values_that_were_kept_give_the_logits_of_the_whole_text(fp8, r
     with torch.set_grad_enabled(recompute != "none"):
         whole = model(x)
         parts = [model(x[:, :7], caches=caches), *(model(x[:, i:i + 1], caches=caches) for i in range(7, 32))]
-    # products of another shape are summed in another order; in moss a code next to a tie may then be another one
+    # products of another shape sum in another order; in moss a code next to a tie may then be another one
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5 if fp8 == "none" else 1e-2)
 
 
-def test_a_text_longer_than_the_longest_sequence_goes_on(monkeypatch):
-    model = make()
-    text = model.generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
+def test_a_text_longer_than_the_longest_sequence_goes_on():
+    text = make().generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
     assert text.shape == (1, 90) and torch.equal(text[:, :40], tokens(1, 40))
     assert text.max() < 64
 
 
-def test_ranks_share_moments_and_the_weights_of_quantized_layers():
-    linear, total = m.parameter_count(WIDE)
-    alone, shared = (m.memory(WIDE, "moss", 64, ranks=ranks) for ranks in (1, 4))
-    assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
-    assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
-    assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))
+def test_temperature_zero_takes_the_likeliest_token():
+    model, text = make(gain=4), tokens(1, 5)
+    for _ in range(6):
+        text = torch.cat((text, model(text)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(tokens(1, 5), 6, temperature=0), text)
+    assert torch.equal(model.generate(text, 0), text)
 
 
-@pytest.mark.parametrize("change", [{"grad_format": "e5m2"}, {"rule": "floor"}, {"name": "mine"}], ids=str)
-def test_only_the_recipe_that_the_fused_functions_compute_is_fused(change, monkeypatch):
-    assert make(fp8="moss").blocks[0].fused
-    monkeypatch.setitem(m.RECIPES, "moss", dataclasses.replace(m.RECIPES["moss"], **change))
-    assert not make(fp8="moss").blocks[0].fused
+@pytest.mark.parametrize("T, temperature", [(5, -1.0), (5, float("nan")), (0, 1.0)])
+def test_texts_that_cannot_be_generated_are_refused(T, temperature):
+    with pytest.raises(ValueError, match=f"{T} tokens, temperature {temperature}"):
+        make().generate(tokens(1, T), 3, temperature)
