@@ -120,16 +120,12 @@ class Linear(nn.Module):
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
-        w = self.weight   # w.detach() holds on to the memory, so that no later weight gets its address
-        self.copies, self.made_of = copies, (w, w.detach(), None if w.is_inference() else w._version)
+        self.copies, self.made_of = copies, (self.weight, self.weight.data_ptr(), self.weight._version)
 
     def is_current(self):
-        """Return whether the weight is still the one that the copies were made of, and unchanged."""
-        if self.copies is None:
-            return False
-        w, memory, version = self.made_of
-        same = w is self.weight and w.data_ptr() == memory.data_ptr()
-        return same and (w.is_inference() or w._version == version)
+        """Return whether the copies are there, and were made of the weight as it is now."""
+        w = self.weight
+        return self.copies is not None and self.made_of[0] is w and self.made_of[1:] == (w.data_ptr(), w._version)
 
     @torch.compiler.disable
     def current_copies(self):
@@ -154,7 +150,7 @@ class Linear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp8={self.recipe or 'none'}"
 
 
-# The step of a fused optimizer is a change of its weights that PyTorch does not count.
+# PyTorch does not count the step of a fused optimizer as a change of its weights: let it count.
 register_optimizer_step_post_hook(lambda optimizer, *_: torch.autograd.graph.increment_version(
     [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]))
 
@@ -188,16 +184,9 @@ def rope_table(seq, head_dim, theta, device=None):
     return angles.cos(), angles.sin()
 
 
-def attention(q, k, v, cache=None):
-    """Return the weighted values (B, T, d) of q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim).
-
-    cache: while a text is generated, a dict with the k and v of earlier tokens, to which these are added.
-    """
-    if cache is not None:
-        k, v = (torch.cat((cache[name], z), dim=1) if cache else z for name, z in (("k", k), ("v", v)))
-        cache.update(k=k, v=v)
-    causal = q.shape[1] > 1   # a single new token sees all that came before
-    y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=causal,
+def attention(q, k, v):
+    """Return the weighted values (B, T, d) of q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim)."""
+    y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True,
                                        enable_gqa=q.shape[2] != k.shape[2])
     return y.transpose(1, 2).flatten(2)
 
@@ -224,17 +213,17 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small)
 
-    def forward(self, x, cos, sin, cache=None):
-        if self.recompute == "block" and torch.is_grad_enabled() and cache is None:
+    def forward(self, x, cos, sin):
+        if self.recompute == "block" and torch.is_grad_enabled():
             return checkpoint(self.compute, x, cos, sin, use_reentrant=False)
-        return self.compute(x, cos, sin, cache)
+        return self.compute(x, cos, sin)
 
-    def compute(self, x, cos, sin, cache=None):
+    def compute(self, x, cos, sin):
         if x.numel() and can_fuse(self):
-            return fused_block(self, x, cos, sin, cache)
+            return fused_block(self, x, cos, sin)
         qkv, c = self.qkv(self.norm1(x)), self.config
         q, k, v = rope_and_split(qkv, cos, sin, c.d, c.kv_dim, c.head_dim)
-        x = x + self.out(attention(q, k, v, cache))
+        x = x + self.out(attention(q, k, v))
         return x + self.down(compiled_swiglu(self.gate_up(self.norm2(x))))
 
 
@@ -260,24 +249,21 @@ class Transformer(nn.Module):
         """Return the linear layers of the blocks in the order of the forward pass."""
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
-    def forward(self, tokens, targets=None, caches=None):
+    def forward(self, tokens, targets=None):
         """Return logits (B, T, vocab) of tokens (B, T), with targets (B, T) the mean loss in nats per token.
 
-        caches: an empty dict per block. They keep the keys and values of these tokens for those that follow.
         Raises ValueError for too many tokens and for targets that do not fit them, RuntimeError where FP8
         copies of weights are missing or out of date.
         """
-        T, start, c = tokens.shape[1], caches[0]["k"].shape[1] if caches and caches[0] else 0, self.config
-        if start + T > c.seq:
-            raise ValueError(f"{start + T} tokens: this model reads at most {c.seq}, its config.seq")
-        if start and T > 1:
-            raise ValueError(f"{T} tokens after {start} in the cache would see each other: pass one a call")
+        T, c = tokens.shape[1], self.config
+        if T > c.seq:
+            raise ValueError(f"{T} tokens: this model reads at most {c.seq}, its config.seq")
         if self.rope[0].device != tokens.device:   # the model has moved
             self.rope = rope_table(c.seq, c.head_dim, c.rope_theta, tokens.device)
-        cos, sin = (table[start:start + T] for table in self.rope)
+        cos, sin = (table[:T] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, caches[i] if caches else None)
+        for block in self.blocks:
+            x = block(x, cos, sin)
         x = self.norm(x)
         return self.head(x) if targets is None else head_loss(x, self.head.weight, targets)
 
@@ -286,17 +272,14 @@ class Transformer(nn.Module):
     def generate(self, tokens, count, temperature=0.8, generator=None):
         """Return tokens (1, T) and `count` more, sampled one at a time; temperature 0 takes the likeliest.
 
-        The keys and values of earlier tokens are kept. When they fill the longest sequence, its second half
-        begins a new one. Raises ValueError for an empty prompt and for a negative temperature.
+        Each is read off the logits of all tokens before it, of the last config.seq at most. Raises ValueError
+        for an empty prompt and for a negative temperature.
         """
         if not tokens.shape[1] or not temperature >= 0:
             raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: it takes at least one "
                              f"token to begin with, and a temperature of 0 or more")
-        caches, new = [{} for _ in self.blocks], tokens[:, -self.config.seq:]
         for _ in range(count):
-            if caches[0] and caches[0]["k"].shape[1] == self.config.seq:
-                caches, new = [{} for _ in self.blocks], tokens[:, -(self.config.seq + 1) // 2:]
-            logits = self(new, caches=caches)[:, -1].float()
+            logits = self(tokens[:, -self.config.seq:])[:, -1].float()
             if temperature:
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
@@ -322,11 +305,11 @@ def can_fuse(block):
             and all(m.recipe == FUSED for m in parts if type(m) is Linear))
 
 
-def fused_block(block, x, cos, sin, cache):
+def fused_block(block, x, cos, sin):
     """Return what block.compute returns for x (B, T, d)."""
     (B, T, d), c = x.shape, block.config
     q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, c)
-    y = attention(q, k, v, cache).view(B * T, d)
+    y = attention(q, k, v).view(B * T, d)
     x = LinearResidual.apply(y, x.reshape(B * T, d), block.out.weight, block.out)
     x = NormSwiGLUResidual.apply(x, block.norm2.weight, block.gate_up.weight, block.down.weight,
                                  block.gate_up, block.down, c.norm)
