@@ -159,12 +159,12 @@ class WeightScales:
     def update(self, lr, betas, weight_decay: float, step: int, has_gradient=None) -> None:
         """Follow an optimizer step. Call it once for each that is not skipped, when `measures` says.
 
-        lr, betas and the decoupled weight_decay are those of that step, for all weights here. `step` is Adam's
+        lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
         count, from 1. Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds
         the scale. The host does not wait for the GPU (unless lr is a tensor there).
 
-        Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. The scale still
-        grows, because zero_grad() may have come before update(). Such a weight counts fewer steps, which `step`
+        Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. Its scale
+        still grows, because zero_grad() may have come before update(). It counts fewer steps, which `step`
         covers, because kappa_t never decreases. `has_gradient`, n bools, replaces the look at .grad on ranks
         that do not keep all gradients.
         """
@@ -256,7 +256,7 @@ class FP8AdamW(torch.optim.AdamW):
         with torch.enable_grad():
             loss = closure() if closure else None
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        gradients, others = {}, []   # of weights that the kernel steps; layers whose copies are still to renew
+        gradients, others = {}, []   # of weights that the kernel steps; layers with copies still to renew
         for layer in (layer for layer in self.layers if layer.copies):
             p = layer.weight
             if self.kernel_takes(p, group_of.get(p), layer.copies[0]):
