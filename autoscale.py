@@ -156,7 +156,7 @@ class WeightScales:
         not, call it before FP8AdamW's step(), which needs the new scales; others take either order."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
-    def update(self, lr, betas, weight_decay: float, step: int, has_gradient=None) -> None:
+    def update(self, lr, betas, weight_decay: float, step: int) -> None:
         """Follow an optimizer step. Call it once for each that is not skipped, when `measures` says.
 
         lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
@@ -164,9 +164,8 @@ class WeightScales:
         the scale. The host does not wait for the GPU (unless lr is a tensor there).
 
         Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. Its scale
-        still grows, because zero_grad() may have come before update(). It counts fewer steps, which `step`
-        covers, because kappa_t never decreases. `has_gradient`, n bools, replaces the look at .grad on ranks
-        that do not keep all gradients.
+        still grows, because zero_grad() may have come before update(). Such a weight counts fewer steps, but
+        `step` is safe for it, because kappa_t never decreases.
         """
         if self.mode == "delayed":
             self.scale.copy_(self.scale_history.amax(dim=0))
@@ -176,12 +175,11 @@ class WeightScales:
         else:
             lr = float(lr)
             decay = abs(1 - lr * weight_decay)
-            has_gradient = has_gradient or [w.grad is not None for w in self.weights]
-            if all(has_gradient) or decay >= 1:
-                self.scale.mul_(decay * WEIGHT_SLACK)
+            if decay >= 1 or all(w.grad is not None for w in self.weights):
+                self.scale.mul_(decay * WEIGHT_SLACK)   # all scales at once
             else:
-                for scale, has in zip(self.scale, has_gradient, strict=True):
-                    scale.mul_((decay if has else 1) * WEIGHT_SLACK)
+                for w, scale in zip(self.weights, self.scale):
+                    scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
             self.scale.add_(abs(lr) * adam_update_bound(step, *betas) * UPDATE_SLACK / E4M3.max)
 
     def state_dict(self) -> dict:
@@ -209,8 +207,7 @@ MIN_EPS = 1e-15         # with less, squared gradients that underflow FP32 leave
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError unless the prediction is proved for every parameter group of `optimizer`.
 
-    L2 decay is refused although kappa_t covers it: with it weights do not shrink by the weight_decay of their
-    group, and handing that to update() would break the bound.
+    L2 decay is refused although kappa_t covers it: with it the weights do not shrink by 1 - lr weight_decay.
     """
     def refuse(reason):
         raise ValueError(f"{type(optimizer).__name__}: {reason}; use torch.optim.AdamW with usual settings, "
@@ -365,7 +362,8 @@ def adamw_update(gradients, beta1, beta2):
     """Return |m_hat / sqrt(v_hat)| of torch.optim.AdamW's last step on these gradients, in float64."""
     weight = torch.nn.Parameter(gradients.new_zeros(1, dtype=torch.float64))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(beta1, beta2), eps=1e-60, weight_decay=0.0)
-    for weight.grad in gradients.double().split(1):
+    for gradient in gradients.double():
+        weight.grad = gradient.reshape(1)
         weight.data.zero_()   # in the end the weight is the last update alone
         optimizer.step()
     return weight.abs().item()
@@ -465,8 +463,8 @@ if __name__ == "__main__":
     print_prediction(rows)
     if args.plot:
         steps, _, true, predicted, _ = zip(*rows)
-        title = "The prediction stays above the truth"
-        with picture(args.plot, xlabel="step", ylabel="weight scale", title=title) as axes:
+        labels = dict(xlabel="step", ylabel="weight scale", title="The prediction stays above the truth")
+        with picture(args.plot, **labels) as axes:
             axes.plot(steps, predicted, label="predicted, rescaled every 200 steps")
             axes.plot(steps, true, label="true, max|W| / 448")
     print_headroom_cost()

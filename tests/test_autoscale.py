@@ -193,10 +193,9 @@ def test_only_weights_with_a_gradient_decay(lr):
     for missing in (0, 2, 4):
         for w in weights[:missing]:
             w.grad = None
-        for has_gradient in (None, [i >= missing for i in range(4)]):
-            scales = WeightScales(weights)
-            scales.update(lr, (0.9, 0.95), 50, 7, has_gradient)
-            assert torch.equal(scales.scale, torch.cat((kept[:missing], decayed[missing:])))
+        scales = WeightScales(weights)
+        scales.update(lr, (0.9, 0.95), 50, 7)
+        assert torch.equal(scales.scale, torch.cat((kept[:missing], decayed[missing:])))
 
 
 @pytest.mark.parametrize("start, gradient, lr, decay, limit", [
