@@ -18,10 +18,9 @@ repairs the bound: |m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_
 
 Its *headroom*, scale / true scale, never falls below 1. Up to about 2^10 it costs next to no accuracy.
 
-The bound covers Adam and AdamW with decoupled decay; any gradients (clipped, accumulated, noisy, or none);
-amsgrad, whose v is only larger; and any eps in exact arithmetic. L2 decay, which is added to the gradient, is
-one more gradient: then the bound holds without the factor |1 - eta lambda|. SGD, Lion, Adafactor and others
-move weights by other rules. They are not covered.
+The bound covers Adam and AdamW with decoupled decay; any gradients (clipped, noisy, or none); amsgrad, whose
+v is only larger; and any eps in exact arithmetic. L2 decay is one more gradient: then the bound holds without
+the factor |1 - eta lambda|. SGD, Lion, Adafactor and others move weights by other rules: not covered.
 """
 import argparse
 import inspect
@@ -36,7 +35,6 @@ from microscale import ALL, HAS_TRITON, MIN_SCALE, cdiv, has_fp8_tensor_cores, q
 if HAS_TRITON:
     import triton
     import triton.language as tl
-
     from microscale import to_fp8
 
 
@@ -63,7 +61,7 @@ def adam_update_bound(t: int, beta1: float, beta2: float) -> float:
     """
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= value < 1:
-            raise ValueError(f"{name} = {value} gives no moving average; choose it in [0, 1), for example 0.9")
+            raise ValueError(f"{name} = {value} gives no moving average; choose it in [0, 1), like 0.9")
     if t < 1:
         raise ValueError(f"t = {t}: Adam counts its steps from 1")
     ratio = beta1 * beta1 / beta2 if beta2 > 0 else (math.inf if beta1 > 0 else 0.0)
@@ -94,9 +92,9 @@ def worst_case_gradients(t: int, beta1: float, beta2: float) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------
 # The scales
 
-# Room for FP32 rounding, with unit u = 2^-24, so that the bound holds for weights and scales as computed. In
-# one step a weight and its scale are rounded at most 7 times together (decay factor, product, sum; the division
-# by 448 at a rescale), so 8u suffices. In 500 steps that adds 0.02% to a scale.
+# Room for FP32 rounding, of unit u = 2^-24, so that the bound holds for weights and scales as computed. In a
+# step both together are rounded at most 7 times (decay factor, product, sum; division by 448 at a rescale):
+# 8u suffices. In 500 steps that adds 0.02% to a scale.
 WEIGHT_SLACK = 1 + 2**-21
 # Adam's update has a relative error below 5.5u / (1 - beta1^2 / beta2) from the recursions for m and v. Bias
 # corrections in FP32 (capturable=True, for CUDA graphs) add up to 2u / (1 - beta2). For the betas that
@@ -114,9 +112,9 @@ class WeightScales:
                            Transformer Engine does; growing weights saturate, so no recipe uses it
     interval  steps between rescales in predicted mode; 0 = never
 
-    self.scale, (n,) float32, only changes in place: a layer may keep the view scale[i]. A weight of zeros gets
-    MIN_SCALE. A NaN or Inf in a weight makes its scale NaN or Inf at the next rescale, not before: predictions
-    do not look at weights.
+    self.scale, (n,) float32, only changes in place: a layer may keep the view scale[i]. It is MIN_SCALE for a
+    weight of zeros. A NaN or Inf in a weight shows in its scale at the next rescale, not before, because
+    predictions do not look at weights.
     """
     MODES = ("predicted", "current", "delayed")
 
@@ -128,10 +126,10 @@ class WeightScales:
             raise ValueError(f"need interval >= 0 and history >= 1, got {interval = }, {history = }")
         if not self.weights or any(w.dtype != torch.float32 for w in self.weights):
             raise ValueError("the bound is proved for FP32 master weights; pass a list of float32 tensors")
-        devices = sorted({str(w.device) for w in self.weights})
-        if len(devices) > 1:
-            raise ValueError(f"weights on {' and '.join(devices)}; make one WeightScales for each device")
-        self.scale = torch.empty(len(self.weights), dtype=torch.float32, device=devices[0])
+        device, *others = sorted({str(w.device) for w in self.weights})
+        if others:
+            raise ValueError(f"weights on {device} and {others[0]}; make one WeightScales for each device")
+        self.scale = torch.empty(len(self.weights), dtype=torch.float32, device=device)
         rows = history if mode == "delayed" else 0   # row t % history: the true scale after step t
         self.scale_history = self.scale.new_empty(rows, len(self.weights))
         self.rescale()
@@ -154,21 +152,20 @@ class WeightScales:
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
 
     def measures(self, step: int) -> bool:
-        """Return whether update() reads the new weights at this step. Then call it after optimizer.step(); else
-        before FP8AdamW's, which writes the new weights under their new scales, or in any order with others."""
+        """Return whether update() reads the new weights at this step. Then call it after optimizer.step(). If
+        not, call it before FP8AdamW's step(), which needs the new scales; others take either order."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
-    def update(self, lr, betas, weight_decay: float, step: int, has_gradient=None) -> None:
+    def update(self, lr, betas, weight_decay: float, step: int) -> None:
         """Follow an optimizer step. Call it once for each that is not skipped, when `measures` says.
 
-        lr, betas and the decoupled weight_decay are those of that step, for all these weights; `step` is Adam's
-        own count, from 1. Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion
-        bounds the scale. The host does not wait for the GPU (unless lr is a tensor there).
+        lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
+        count, from 1. Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds
+        the scale. The host does not wait for the GPU (unless lr is a tensor there).
 
-        Adam skips a weight whose .grad is None: it does not decay, so its scale only grows. Therefore update()
-        is safe before zero_grad() and after it, but less tight after. A weight that was skipped counts fewer
-        steps than `step`, which covers it, because kappa_t never decreases. A rank that does not keep all
-        gradients says in `has_gradient`, n bools, which weights have one.
+        Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. Its scale
+        still grows, because zero_grad() may have come before update(). Such a weight counts fewer steps, but
+        `step` is safe for it, because kappa_t never decreases.
         """
         if self.mode == "delayed":
             self.scale.copy_(self.scale_history.amax(dim=0))
@@ -178,12 +175,11 @@ class WeightScales:
         else:
             lr = float(lr)
             decay = abs(1 - lr * weight_decay)
-            has_gradient = has_gradient or [w.grad is not None for w in self.weights]
-            if all(has_gradient) or decay >= 1:
-                self.scale.mul_(decay * WEIGHT_SLACK)
+            if decay >= 1 or all(w.grad is not None for w in self.weights):
+                self.scale.mul_(decay * WEIGHT_SLACK)   # all scales at once
             else:
-                for scale, has in zip(self.scale, has_gradient, strict=True):
-                    scale.mul_((decay if has else 1) * WEIGHT_SLACK)
+                for w, scale in zip(self.weights, self.scale):
+                    scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
             self.scale.add_(abs(lr) * adam_update_bound(step, *betas) * UPDATE_SLACK / E4M3.max)
 
     def state_dict(self) -> dict:
@@ -195,7 +191,7 @@ class WeightScales:
         saved, mine = ({key: (*x.shape, x.dtype) if isinstance(x, torch.Tensor) else x
                         for key, x in s.items()} for s in (state or {}, self.state_dict()))
         if saved != mine:
-            raise ValueError(f"the saved scales have {saved}, these have {mine}; build WeightScales as it was "
+            raise ValueError(f"the saved scales have {saved}, these {mine}; build WeightScales as it was "
                              "when saved, or do not load and call rescale() instead")
         self.scale.copy_(state["scale"])
         self.scale_history.copy_(state["scale_history"])
@@ -211,8 +207,7 @@ MIN_EPS = 1e-15         # with less, squared gradients that underflow FP32 leave
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError unless the prediction is proved for every parameter group of `optimizer`.
 
-    L2 decay is refused although kappa_t covers it: with it weights do not shrink by the weight_decay of their
-    group, and handing that to update() would break the bound.
+    L2 decay is refused although kappa_t covers it: with it the weights do not shrink by 1 - lr weight_decay.
     """
     def refuse(reason):
         raise ValueError(f"{type(optimizer).__name__}: {reason}; use torch.optim.AdamW with usual settings, "
@@ -225,8 +220,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         if decay != 0 and not group["decoupled_weight_decay"]:
             refuse(f"weight_decay = {decay} goes into the gradient, so weights do not shrink by lr * decay")
         if beta1 * beta1 > MAX_BETA_RATIO * beta2:
-            refuse(f"betas = {(beta1, beta2)} have beta1^2 > {MAX_BETA_RATIO} beta2: the bound grows (almost) "
-                   "without limit")
+            refuse(f"betas = {(beta1, beta2)}: the bound grows (almost) without limit as beta1^2 nears beta2")
         if group["capturable"] and beta2 > 0.9999:
             refuse(f"{beta2 = } with capturable = True rounds bias corrections by more than the bound allows")
         if not eps >= MIN_EPS:
@@ -240,13 +234,12 @@ class FP8AdamW(torch.optim.AdamW):
     p, g, m, v; write p, m, v, and W and W^T in FP8: 30 bytes per parameter. A scale that has to be measured
     takes 38: the finished weight is read again to find it, and once more to quantize.
 
-    groups   of parameters, as for AdamW
     layers   objects with `weight` (N, K) FP32; `copies`, its Quantized W (N, K) and W^T (K, N), or None; and
              `requantize(scale)`, which renews them. Their scale is a view of WeightScales.scale. It has to be
              that of the new weights when step() is called, or its closure returns. Else requantize after it.
 
-    State and results are those of AdamW, to rounding. AdamW itself steps weights that the kernel does not take;
-    these are requantized. On other devices, and in a copy (deepcopy, pickle), it is AdamW without layers.
+    State and results are those of AdamW, to rounding. AdamW itself steps weights that the kernel does not
+    take, and they are requantized. On other devices, and in a copy of this optimizer, it is AdamW alone.
     """
     layers = ()
 
@@ -260,7 +253,7 @@ class FP8AdamW(torch.optim.AdamW):
         with torch.enable_grad():
             loss = closure() if closure else None
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        gradients, others = {}, []   # of the weights that the kernel takes; layers that it does not take
+        gradients, others = {}, []   # of weights that the kernel steps; layers with copies still to renew
         for layer in (layer for layer in self.layers if layer.copies):
             p = layer.weight
             if self.kernel_takes(p, group_of.get(p), layer.copies[0]):
@@ -275,9 +268,8 @@ class FP8AdamW(torch.optim.AdamW):
         inspect.unwrap(torch.optim.AdamW.step, stop=lambda f: not hasattr(f, "hooked"))(self)
         for p, gradient in gradients.items():
             p.grad = gradient
-        for layer in others:
-            w = layer.copies[0]
-            layer.requantize(w.scale if w.block == (ALL, ALL) else None)
+        for layer in others:   # their weights or at least their scales have changed
+            layer.requantize(layer.copies[0].scale if layer.copies[0].block == (ALL, ALL) else None)
         return loss
 
     def kernel_takes(self, p, group, w) -> bool:
@@ -355,22 +347,23 @@ if HAS_TRITON:
 # What `python autoscale.py` shows
 
 def print_bound():
-    print("1. Largest |m_hat / sqrt(v_hat)|, which Theorem 2 says is 1; last column: torch's AdamW, worst case\n")
-    print("   beta1   beta2    t = 1      10     100    1000    limit   AdamW, t = 1000")
-    pairs = ((0.95, 0.95), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.999), (0.0, 0.999), (0.95, 0.9))
-    for beta1, beta2 in pairs:
-        bounds = "".join(f"{adam_update_bound(t, beta1, beta2):8.3f}" for t in (1, 10, 100, 1000, 10**9))
-        attained = adamw_update(worst_case_gradients(1000, beta1, beta2), beta1, beta2)
-        print(f"   {beta1:5}{beta2:8} {bounds}{attained:18.3f}")
-    print("-> AdamW attains the bound, so it cannot be improved. Theorem 2 holds for beta1 = beta2 only:\n   with "
-          "(0.9, 0.95) an update can be 1.17 learning rates, with (0.9, 0.999), PyTorch's default, 7.27.\n")
+    print("1. Largest |m_hat / sqrt(v_hat)|, which Theorem 2 says is 1; last column: torch's AdamW, "
+          "worst case\n\n   beta1   beta2    t = 1      10     100    1000    limit   AdamW, t = 1000")
+    for betas in (0.95, 0.95), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.999), (0.0, 0.999), (0.95, 0.9):
+        bounds = "".join(f"{adam_update_bound(t, *betas):8.3f}" for t in (1, 10, 100, 1000, 10**9))
+        attained = adamw_update(worst_case_gradients(1000, *betas), *betas)
+        print(f"   {betas[0]:5}{betas[1]:8} {bounds}{attained:18.3f}")
+    print("-> AdamW attains the bound, so it cannot be improved. Theorem 2 holds for beta1 = beta2 only: "
+          "with betas\n   (0.9, 0.95) an update can be 1.17 learning rates, and with (0.9, 0.999), PyTorch's "
+          "default, 7.27.\n")
 
 
 def adamw_update(gradients, beta1, beta2):
     """Return |m_hat / sqrt(v_hat)| of torch.optim.AdamW's last step on these gradients, in float64."""
     weight = torch.nn.Parameter(gradients.new_zeros(1, dtype=torch.float64))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(beta1, beta2), eps=1e-60, weight_decay=0.0)
-    for weight.grad in gradients.double().split(1):
+    for gradient in gradients.double():
+        weight.grad = gradient.reshape(1)
         weight.data.zero_()   # in the end the weight is the last update alone
         optimizer.step()
     return weight.abs().item()
@@ -396,16 +389,17 @@ def regression_run(steps=800, interval=200):
 
 
 def print_prediction(rows):
-    print("2. A 64 x 64 regression, AdamW (0.9, 0.95), decay 0.1: rescaled every 200 steps, else predicted\n\n"
-          "   step      lr  true scale  predicted   ratio  headroom, bits  delayed / true")
+    print("2. A 64 x 64 regression, AdamW (0.9, 0.95), decay 0.1: a rescale every 200 steps, predicted "
+          "between\n\n   step      lr  true scale  predicted   ratio  headroom, bits  delayed / true")
     for step, lr, true, predicted, delayed in rows:
         if step == 1 or step % 100 == 0 or step % 200 == 199:
             print(f"   {step:4}{lr:8.4f}{true:12.6f}{predicted:11.6f}{predicted / true:8.3f}"
                   f"{math.log2(predicted / true):16.3f}{delayed / true:16.3f}")
     predicted, delayed = ([row[i] / row[2] for row in rows] for i in (3, 4))   # each over the true scale
-    print(f"-> Predicted: too small in {sum(x < 1 for x in predicted)} of {len(rows)} steps, too large by "
-          f"{math.log2(max(predicted)):.1f} bits at most.\n   Delayed: too small in "
-          f"{sum(x < 1 for x in delayed)} steps, by up to {1 - min(delayed):.0%}, as it trails growing weights.\n")
+    small = [sum(x < 1 for x in ratios) for ratios in (predicted, delayed)]
+    print(f"-> Predicted: too small in {small[0]} of {len(rows)} steps, too large by "
+          f"{math.log2(max(predicted)):.1f} bits at most.\n   Delayed: too small in {small[1]} steps, by up "
+          f"to {1 - min(delayed):.0%}, as it trails growing weights.\n")
 
 
 def print_headroom_cost():
@@ -417,15 +411,15 @@ def print_headroom_cost():
         error = sqnr(weight, cast(weight / scale, E4M3).float() * scale)
         subnormal = ((weight / scale).abs() < E4M3.min_normal).float().mean().item()
         print(f"   {bits:14}{error:10.2f}{subnormal:14.1%}")
-    print("-> Free for about 10 bits, because E4M3 carries its own exponent. Once most weights are subnormal, "
-          "a bit\n   costs 6 dB. (An outlier 2^k times the other weights has spent k of these bits already.)\n")
+    print("-> Free for about 10 bits, because E4M3 carries its own exponent. Once most weights are subnormal,"
+          " a bit\n   costs 6 dB. (An outlier 2^k times the others has spent k of these bits already.)\n")
 
 
 def print_timing():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread"
-    print(f"4. One update of all scales, us, median ± interquartile range; {name}, torch {torch.__version__}\n")
-    print("   weights              predicted    just-in-time amax")
+    print(f"4. One update of all scales, us, median ± interquartile range; {name}, torch {torch.__version__}")
+    print("\n   weights              predicted    just-in-time amax")
     sizes = (1, 1024, 1024), (1, 4096, 4096), (7, 4096, 4096), (1, 11008, 16384)
     for n, N, K in sizes if device == "cuda" else sizes[:3]:
         print(f"   {n} x {N:5} x {K:5}", end="")
@@ -460,7 +454,7 @@ def print_optimizer_timing():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Predicted FP8 weight scales: the bound, headroom, its cost.")
+    parser = argparse.ArgumentParser(description="Predicted FP8 weight scales: bound, headroom, cost.")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the prediction (needs matplotlib)")
     args = parser.parse_args()
     torch.set_num_threads(1)   # the operations here are small; on a busy machine more threads only wait
@@ -469,7 +463,8 @@ if __name__ == "__main__":
     print_prediction(rows)
     if args.plot:
         steps, _, true, predicted, _ = zip(*rows)
-        with picture(args.plot, xlabel="step", ylabel="weight scale", title="The prediction stays above the truth") as axes:
+        labels = dict(xlabel="step", ylabel="weight scale", title="The prediction stays above the truth")
+        with picture(args.plot, **labels) as axes:
             axes.plot(steps, predicted, label="predicted, rescaled every 200 steps")
             axes.plot(steps, true, label="true, max|W| / 448")
     print_headroom_cost()
