@@ -232,8 +232,8 @@ def decode(codes, fmt):
     units = fraction + ((field > 0).int() << fmt.mantissa_bits)  # a normal number's hidden leading 1
     magnitude = units * pow2(field.clamp(min=1) - fmt.bias - fmt.mantissa_bits)
     # Codes past max: in E5M2 fraction 00 is Inf and the others are NaN; in E4M3 there is only 111.
-    special = torch.where(fraction == 0, torch.inf, torch.nan)
-    magnitude = torch.where(magnitude > fmt.max, special, magnitude)
+    special = magnitude > fmt.max
+    magnitude = magnitude.masked_fill(special, torch.inf).masked_fill(special & (fraction != 0), torch.nan)
     negative = (codes >> (fmt.bits - 1)) & 1
     return torch.where(negative == 1, -magnitude, magnitude)
 

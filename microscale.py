@@ -586,8 +586,8 @@ if HAS_TRITON:
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
-            at = scale_ptr + r[:, None] * groups + g[None, :]
-            tl.store(at, scale, mask=(r < R)[:, None] & (g < groups)[None, :])
+            tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale,
+                     mask=(r < R)[:, None] & (g < groups)[None, :])
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
         if BOTH:
             tl.store(t_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
@@ -945,7 +945,8 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
     for name, (nbytes, function) in kernels.items():
-        source, target = torch.empty(2, nbytes // 4, device="cuda", dtype=torch.bfloat16).unbind()
+        source = torch.randn(nbytes // 4, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
         ms, copy = (do_bench(f, return_mode="median") for f in (function, lambda: target.copy_(source)))
         print(f"   {name:34}{1e3 * ms:7.0f}{nbytes / ms * 1e-9:7.2f}{copy / ms:8.0%}")
 
