@@ -469,7 +469,7 @@ def rope_backward(dq, dk, dv, cos, sin):
 
 # ---------------------------------------------------------------------------------------------------
 # The kernels. kernel[grid](...) starts a grid of *programs*, told apart by tl.program_id. Each works on a
-# tile in the registers of its threads, of which there are 32 num_warps. tl.load and tl.store reach memory where
+# tile in the registers of its threads, 32 num_warps of them. tl.load and tl.store reach memory where
 # `mask` is true. tl.constexpr is known when the kernel is compiled. An SM is one of the GPU's processors (an
 # H200 has 132) and runs a few programs at a time. With TRITON_INTERPRET=1 NumPy runs the same code on a CPU.
 
@@ -491,6 +491,7 @@ if HAS_TRITON:
         "{ .reg .b16 low, high; "
         f"cvt.rn.satfinite.{fmt}x2.f32 low, $2, $1; cvt.rn.satfinite.{fmt}x2.f32 high, $4, $3; "
         "mov.b32 $0, {low, high}; }") for fmt in ("e4m3", "e5m2"))
+    REGISTERS = tl.constexpr("=r,f,f,f,f")
     # 1 / (1 + 2^(-x log2 e)). Triton's own takes three times as many instructions, most for subnormals.
     SIGMOID = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
                            "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
@@ -515,10 +516,10 @@ if HAS_TRITON:
             nan: tl.constexpr = 0x7FF00000 if IS_E4M3 else 0x7FE00000   # all the bits that remain are ones
             x = tl.where(x != x, nan, signed).to(tl.float32, bitcast=True)
             return x.to(tl.float8e4nv if IS_E4M3 else tl.float8e5)
+        elif IS_E4M3:
+            return tl.inline_asm_elementwise(CAST_E4M3, REGISTERS, [x], tl.float8e4nv, is_pure=True, pack=4)
         else:
-            cast: tl.constexpr = CAST_E4M3 if IS_E4M3 else CAST_E5M2
-            fp8: tl.constexpr = tl.float8e4nv if IS_E4M3 else tl.float8e5
-            return tl.inline_asm_elementwise(cast, "=r,f,f,f,f", [x], dtype=fp8, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(CAST_E5M2, REGISTERS, [x], tl.float8e5, is_pure=True, pack=4)
 
     @triton.jit
     def sigmoid(x):
@@ -881,7 +882,8 @@ Power-of-two scales add range to a float, and no precision: it has an exponent o
    nothing else; s = 1 moves a line by a fraction of a dB. moss rescues a part of what is small in its row.
    FP32 scales store a block's maximum exactly, so group gains where few dominate; mx cuts them off."""),
           ("2. The same with a uniform element, an 8-bit integer",
-           {n: lambda x, n=n: score(x, QUANTIZERS[n](x, INT8)) for n in ("tensor", "group", "two-level")}, """\
+           {n: lambda x, n=n: score(x, QUANTIZERS[n](x, INT8)) for n in ("tensor", "group", "two-level")},
+           """\
 An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (tensor < group <
    two-level) holds, over the tensor, where sizes differ much inside a group: outlier channels, X of down, dY
    of gate_up. Elsewhere scales rounded up to powers of two cost what smaller blocks gain. For E4M3 it holds
@@ -896,7 +898,7 @@ An integer has no exponent: a scale that fits its block is precision. MOSS's The
             "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
 Folding changes values of some 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that
    counts. FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on
-   real tensors. Powers of two share one grid, and so does moved, in FP8 alone; tokens 10^4 smaller lose bits.""")]
+   real tensors. Powers of two share one grid, and so does moved, in FP8; tokens 10^4 smaller lose bits.""")]
 
 
 def plot_sqnr(data, path):
