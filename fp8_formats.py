@@ -7,8 +7,8 @@ rounded to one of them, and which bits stand for it:
     value  --round_to_format-->  nearest grid value  --encode-->  uint8 code  --decode-->  grid value
 
 All arithmetic here is exact except the one rounding. It takes only two kinds of operation: multiplying by a
-power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 just below 8
-has log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
+power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 below 8 has
+log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
 
 Training calls `cast` and `uncast` where no kernel casts, and pow2 and floor_log2 for its scales. The rest
 explains, and is what `cast` is tested against. No gradient passes through any rounding.
@@ -44,7 +44,7 @@ class Format:
     dtype: torch.dtype | None = None
 
     bits = property(lambda self: 1 + self.exponent_bits + self.mantissa_bits)
-    emin = property(lambda self: 1 - self.bias)   # exponent of the smallest normal value and of all subnormals
+    emin = property(lambda self: 1 - self.bias)   # exponent of the smallest normal value, of subnormals too
 
     @property
     def max(self):
@@ -53,7 +53,7 @@ class Format:
         return (2 - steps_below_2 * 2.0**-self.mantissa_bits) * 2.0**self.emax
 
     min_normal = property(lambda self: 2.0**self.emin)
-    min_subnormal = property(lambda self: 2.0 ** (self.emin - self.mantissa_bits))   # and the subnormals' step
+    min_subnormal = property(lambda self: 2.0 ** (self.emin - self.mantissa_bits))   # and their step
 
 
 E5M2 = Format("E5M2", 5, 2, bias=15, emax=15, has_inf=True, has_nan=True, dtype=torch.float8_e5m2)
@@ -61,8 +61,8 @@ E4M3 = Format("E4M3", 4, 3, bias=7, emax=8, has_nan=True, dtype=torch.float8_e4m
 E3M2 = Format("E3M2", 3, 2, bias=3, emax=4)
 E2M3 = Format("E2M3", 2, 3, bias=1, emax=2)
 E2M1 = Format("E2M1", 2, 1, bias=1, emax=2)
-# MXINT8 is n / 64 for integers n. This uniform grid is a float "E1M6", with subnormals in [0, 1) and one binade
-# [1, 2) of the same step, so every function below serves it, too. The grid is kept symmetric, -127..127: the
+# MXINT8 is n / 64 for integers n. This uniform grid is a float "E1M6", with subnormals in [0, 1) and one
+# binade [1, 2) of the same step, so every function below serves it, too. The grid is symmetric, -127..127: the
 # code of -128 decodes to -2, and nothing rounds to it.
 INT8 = Format("INT8", 1, 6, bias=1, emax=0, twos_complement=True)
 FORMATS = {fmt.name.lower(): fmt for fmt in (E5M2, E4M3, E3M2, E2M3, E2M1, INT8)}
@@ -90,18 +90,18 @@ def _widen(x):
 
 
 def floor_log2(x):
-    """Return floor(log2|x|) as int32, exact for every finite x, subnormals included. 0 gives EXPONENT_OF_ZERO,
-    Inf and NaN give EXPONENT_OF_INF, so that a clamp() after it does what one expects."""
+    """Return floor(log2|x|) as int32, exact for every finite x, subnormals included. 0 gives
+    EXPONENT_OF_ZERO, Inf and NaN give EXPONENT_OF_INF, so that a clamp() after it does what one expects."""
     x = _widen(x)
     exponent = torch.frexp(x).exponent - 1  # frexp: |x| = m · 2^e with 0.5 <= m < 1
     return exponent.masked_fill(x == 0, EXPONENT_OF_ZERO).masked_fill(~x.isfinite(), EXPONENT_OF_INF)
 
 
 def pow2(exponent):
-    """Return 2^exponent as float32 for an int tensor, exact from 2^-149 to 2^127; below it 0, above it Inf."""
+    """Return 2^exponent as float32 for an int tensor, exact from 2^-149 to 2^127; below 0, above Inf."""
     e = exponent.to(torch.int32).clamp(-150, 128)
-    normal = (e + 127) << 23                           # the exponent field alone; 128 lands on the code of Inf
-    subnormal = (1 << (e + 150).clamp(max=24)) >> 1    # the one bit worth 2^e; -150 shifts it out, to 0
+    normal = (e + 127) << 23                          # the exponent field alone; 128 lands on the code of Inf
+    subnormal = (1 << (e + 150).clamp(max=24)) >> 1   # the one bit worth 2^e; -150 shifts it out, to 0
     return torch.where(e < -126, subnormal, normal).view(torch.float32)
 
 
@@ -137,8 +137,8 @@ def _round_units(units, rounding, generator):
 
 @torch.no_grad()
 def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=None):
-    """Round every element of x to a value of fmt's grid. Shape and dtype stay: all the grids fit in float16 and
-    in bfloat16, so rounding happens once, from any of the four dtypes.
+    """Round every element of x to a value of fmt's grid. Shape and dtype stay: all the grids fit in float16
+    and in bfloat16, so rounding happens once, from any of the four dtypes.
 
     Overflow is decided after rounding, as if the top binade went on: in E4M3 the tie 464 goes to the even 448
     and stays, while 465 goes to 480 and overflows. Overflowing values, Inf included, become
@@ -183,16 +183,16 @@ def uncast(q):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Codes. Read as integers, the positive codes count the grid upwards: first the subnormal steps, then the normal
-# values, without a gap. (What comes after max is Inf or NaN.)
+# Codes. Read as integers, the positive codes count the grid upwards: first the subnormal steps, then the
+# normal values, without a gap. (What comes after max is Inf or NaN.)
 
 def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
     """Round x and return its codes: uint8, same shape, one code a byte (6- and 4-bit codes in the low bits).
-    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero, so -0 becomes 0."""
+    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero: -0 becomes 0."""
     value = round_to_format(_widen(x), fmt, rounding, saturate, generator)
     is_nan = value.isnan()
     if not fmt.has_nan and is_nan.any():
-        raise ValueError(f"{fmt.name} has no code for NaN: mask NaNs first, or mark the block's E8M0 scale 0xFF")
+        raise ValueError(f"{fmt.name} has no code for NaN: mask NaNs, or mark the block's E8M0 scale 0xFF")
     # Inf takes the place of the next power of two after max, which is the code that follows max's.
     magnitude = value.abs().clamp(max=2.0 ** (fmt.emax + 1)).masked_fill(is_nan, 0)
     exponent = floor_log2(magnitude).clamp(min=fmt.emin)
@@ -242,13 +242,14 @@ def relative_error(fmt, k):
 
 
 def print_formats():
-    special = {"E5M2": "Inf S.11111.00, NaN S.11111.{01,10,11}", "E4M3": "NaN S.1111.111"}
+    special = {fmt.name: "none" for fmt in FORMATS.values()}
+    special.update(E5M2="Inf S.11111.00, NaN S.11111.{01,10,11}", E4M3="NaN S.1111.111")
     print("format  bits  bias  emax      max  min normal  min subnormal  values >= 0  special codes")
     for fmt in FORMATS.values():
         print(f"{fmt.name:6}{fmt.bits:6}{fmt.bias:6}{fmt.emax:6}{fmt.max:9.6g}{f'2^{fmt.emin}':>12}"
-              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special.get(fmt.name, 'none')}")
-    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal: 2^18 in\n"
-          "   E4M3, 2^32 in E5M2) and doubles the spacing. The number of values hardly changes.\n")
+              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special[fmt.name]}")
+    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal: from\n"
+          "   2^18 in E4M3 to 2^32 in E5M2) and doubles the spacing. There are about as many values.\n")
 
 
 def print_grids():
@@ -261,8 +262,8 @@ def print_grids():
         units = " ".join(f"{int(v):2}" for v in inside * 2.0**-spacing)
         binade = "subnormal" if e < E4M3.emin else f"[2^{e}, 2^{e + 1})"
         print(f"{binade:14}2^{spacing:<8}{units:23} · 2^{spacing:<3} = {inside[0]:g} .. {inside[-1]:g}")
-    print("-> Each binade holds the same 8 multiples of a spacing that doubles with the binade, so the relative\n"
-          "   spacing stays. Subnormals go on with the first binade's spacing. 15·2^5 = 480 is missing: NaN's code.\n")
+    print("-> Each binade holds the same 8 multiples of a spacing that doubles with it: relatively, it stays.\n"
+          "   Subnormals go on with the first binade's spacing. 15·2^5 = 480 is missing: its code is NaN's.\n")
 
 
 def print_errors():
@@ -271,9 +272,9 @@ def print_errors():
     print("   k" + "".join(f"{fmt.name:>9}" for fmt in columns))
     for k in (0, 1, 2, 4, 6, 8, 13, 14, 15, 16, 17, 18, 20, 28, 29, 30, 31, 32, 34):
         print(f"{k:4}" + "".join(f"{relative_error(fmt, k):9.2%}" for fmt in columns))
-    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step up. A float\n"
-          "   gains nothing while it is normal, because it has an exponent of its own, and is rescued where it would\n"
-          "   be subnormal: to a float, power-of-two scales add range, not precision.")
+    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step up.\n"
+          "   A float gains nothing while it is normal, because it has an exponent of its own. It is rescued\n"
+          "   where it would be subnormal: to a float, power-of-two scales add range, not precision.")
 
 
 @contextmanager
@@ -300,8 +301,9 @@ def picture(path, **labels):
 
 
 def plot_errors(path):
+    title = "Floats keep their precision until they are subnormal, integers lose a bit a binade"
     with picture(path, yscale="log", xlabel="k, for values around max · 2^-k", ylabel="RMS relative error",
-                 title="Floats keep their precision until they are subnormal, integers lose a bit a binade") as axes:
+                 title=title) as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         for fmt in FORMATS.values():
             errors = [relative_error(fmt, k) for k in range(36)]
