@@ -62,8 +62,8 @@ E3M2 = Format("E3M2", 3, 2, bias=3, emax=4)
 E2M3 = Format("E2M3", 2, 3, bias=1, emax=2)
 E2M1 = Format("E2M1", 2, 1, bias=1, emax=2)
 # MXINT8 is n / 64 for integers n. This uniform grid is a float "E1M6", with subnormals in [0, 1) and one
-# binade [1, 2) of the same step, so every function below serves it, too. The grid is symmetric, -127..127: the
-# code of -128 decodes to -2, and nothing rounds to it.
+# binade [1, 2) of the same step, so every function below serves it, too. The grid is symmetric, -127..127:
+# the code of -128 decodes to -2, and nothing rounds to it.
 INT8 = Format("INT8", 1, 6, bias=1, emax=0, twos_complement=True)
 FORMATS = {fmt.name.lower(): fmt for fmt in (E5M2, E4M3, E3M2, E2M3, E2M1, INT8)}
 
@@ -242,14 +242,13 @@ def relative_error(fmt, k):
 
 
 def print_formats():
-    special = {fmt.name: "none" for fmt in FORMATS.values()}
-    special.update(E5M2="Inf S.11111.00, NaN S.11111.{01,10,11}", E4M3="NaN S.1111.111")
+    special = {"E5M2": "Inf S.11111.00, NaN S.11111.{01,10,11}", "E4M3": "NaN S.1111.111"}
     print("format  bits  bias  emax      max  min normal  min subnormal  values >= 0  special codes")
     for fmt in FORMATS.values():
         print(f"{fmt.name:6}{fmt.bits:6}{fmt.bias:6}{fmt.emax:6}{fmt.max:9.6g}{f'2^{fmt.emin}':>12}"
-              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special[fmt.name]}")
-    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal: from\n"
-          "   2^18 in E4M3 to 2^32 in E5M2) and doubles the spacing. There are about as many values.\n")
+              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special.get(fmt.name, '-')}")
+    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal:\n"
+          "   2^18 in E4M3, 2^32 in E5M2) and doubles the spacing. The number of values hardly changes.\n")
 
 
 def print_grids():
@@ -262,8 +261,8 @@ def print_grids():
         units = " ".join(f"{int(v):2}" for v in inside * 2.0**-spacing)
         binade = "subnormal" if e < E4M3.emin else f"[2^{e}, 2^{e + 1})"
         print(f"{binade:14}2^{spacing:<8}{units:23} · 2^{spacing:<3} = {inside[0]:g} .. {inside[-1]:g}")
-    print("-> Each binade holds the same 8 multiples of a spacing that doubles with it: relatively, it stays.\n"
-          "   Subnormals go on with the first binade's spacing. 15·2^5 = 480 is missing: its code is NaN's.\n")
+    print("-> Each binade holds the same 8 multiples of a spacing that doubles from one to the next.\n"
+          "   Subnormals go on with the first one's spacing. 15·2^5 = 480 is missing: its code is NaN's.\n")
 
 
 def print_errors():
@@ -272,9 +271,9 @@ def print_errors():
     print("   k" + "".join(f"{fmt.name:>9}" for fmt in columns))
     for k in (0, 1, 2, 4, 6, 8, 13, 14, 15, 16, 17, 18, 20, 28, 29, 30, 31, 32, 34):
         print(f"{k:4}" + "".join(f"{relative_error(fmt, k):9.2%}" for fmt in columns))
-    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step up.\n"
-          "   A float gains nothing while it is normal, because it has an exponent of its own. It is rescued\n"
-          "   where it would be subnormal: to a float, power-of-two scales add range, not precision.")
+    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step.\n"
+          "   A float gains nothing while it is normal: it has an exponent of its own. It is rescued where\n"
+          "   it would be subnormal: to a float, power-of-two scales add range, not precision.")
 
 
 @contextmanager
