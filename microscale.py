@@ -325,7 +325,7 @@ def qkv_gradient(dq, dk, dv, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Each quantizer as a kernel, where the GPU has FP8 tensor cores, or in PyTorch. Shapes are checked here.
+# The same, as a kernel where the GPU has FP8 tensor cores, or in PyTorch. Other shapes are a ValueError.
 
 KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores multiply FP8 32 at a time
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
@@ -359,14 +359,14 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
     if x.dtype not in dtypes or len(x.shape) != len(shape) or any(
             size not in (None, n) for size, n in zip(shape, x.shape)):
         sizes = str(tuple(shape)).replace("None", "any")
-        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}: it has to be {meaning}, {sizes}, "
-                         f"of {' or '.join(map(str, dtypes))}")
+        raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: expected {sizes}, {meaning}"
+                         f", and dtype {' or '.join(map(str, dtypes))}")
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor.
 
-    PyTorch does blocks of 128 x 128, of which there are only weights, and widths not in KERNEL_WIDTHS.
+    Blocks of 128 x 128, which only weights have, and widths not in KERNEL_WIDTHS are left to PyTorch.
     """
     expect("x", x, (None, None), "rows that products sum along")
     check_name("scale rule", rule, RULES)
@@ -402,7 +402,7 @@ def transpose(q, row_factor=None):
 
 
 def norm_rows(x, kind, weight=None, fmt=E4M3):
-    """Quantize norm(x) (R, C), computed in float32, as `moss` does. kind: of NORMS; weight (C): for "rms"."""
+    """Quantize norm(x) (R, C) under a power of two per row. `kind` is of NORMS; "rms" takes a weight (C)."""
     check_name("norm", kind, NORMS)
     expect("x", x, (None, None), "rows")
     if weight is not None:
