@@ -246,6 +246,7 @@ class FP8AdamW(torch.optim.AdamW):
     def __init__(self, groups, layers, **options):
         super().__init__(groups, **options)
         self.layers = [layer for layer in layers if has_fp8_tensor_cores(layer.weight.device)]
+        self._step_supports_amp_scaling = False   # torch.amp unscales gradients before the step
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -253,6 +254,8 @@ class FP8AdamW(torch.optim.AdamW):
         with torch.enable_grad():
             loss = closure() if closure else None
         group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for layer in self.layers:   # a fused step counts as a change of all weights of its group (model.py)
+            group_of.get(layer.weight, {})["fused"] = False
         gradients, others = {}, []   # of weights that the kernel steps; layers with copies still to renew
         for layer in (layer for layer in self.layers if layer.copies):
             p = layer.weight
@@ -261,9 +264,6 @@ class FP8AdamW(torch.optim.AdamW):
                 gradients[p], p.grad = p.grad, None   # so that nothing is left for AdamW
             else:
                 others.append(layer)
-        for p, group in group_of.items():   # AdamW's fused kernels count steps on the GPU
-            if p.grad is not None and self.state.get(p) and (group["fused"] or group["capturable"]):
-                self.state[p]["step"] = self.state[p]["step"].to(p.device)
         # PyTorch wraps the step() of every class in calls of hooks. The wrapper of this one has called them.
         inspect.unwrap(torch.optim.AdamW.step, stop=lambda f: not hasattr(f, "hooked"))(self)
         for p, gradient in gradients.items():
@@ -277,9 +277,8 @@ class FP8AdamW(torch.optim.AdamW):
         if p.grad is None or group is None or w.block != (ALL, ALL) or not group["decoupled_weight_decay"]:
             return False
         odd = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
-        amp = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))  # torch.amp
         moments = (self.state.get(p, {}).get(name, p) for name in ("exp_avg", "exp_avg_sq"))
-        return not (odd or amp) and all(x.is_contiguous() for x in (p, *moments))
+        return not odd and all(x.is_contiguous() for x in (p, *moments))
 
     def step_with_copies(self, p, group, w, w_t):
         state = self.state[p]

@@ -6,12 +6,12 @@ rounded to one of them, and which bits stand for it:
 
     value  --round_to_format-->  nearest grid value  --encode-->  uint8 code  --decode-->  grid value
 
-All arithmetic here is exact except the one rounding. That takes only two kinds of operation: multiplying by a
-power of two, and integer arithmetic on bits. Nothing calls log2(): it rounds too (the float32 just below 8 has
-log2 = 3.0), and one wrong exponent turns a value that fits into one that overflows.
+All arithmetic here is exact except the one rounding. It takes only two kinds of operation: multiplying by a
+power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 below 8 has
+log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
 
-Training calls `cast` and `uncast` where no kernel casts, and pow2 and floor_log2 for its scales. What `cast` does is
-tested against `round_to_format`; the rest explains.
+Training calls `cast` and `uncast` where no kernel casts, and pow2 and floor_log2 for its scales. The rest
+explains, and is what `cast` is tested against. No gradient passes through any rounding.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 for E4M3 and E5M2.
 
@@ -29,7 +29,7 @@ import torch
 # Formats as data. A code is sign | exponent field | fraction, and means
 #     ± 1.fraction · 2^(field - bias)    field > 0: a normal number, always mantissa_bits + 1 significant bits
 #     ± 0.fraction · 2^(1 - bias)        field = 0: a subnormal number, a fixed step down to zero
-# A binade is what shares an exponent, [2^e, 2^(e+1)). To saturate is to become the largest value.
+# A binade [2^e, 2^(e+1)) holds the values of one exponent. To saturate is to become the largest value.
 
 @dataclass(frozen=True)
 class Format:
@@ -43,14 +43,8 @@ class Format:
     twos_complement: bool = False  # how a negative code is written; floats use a sign bit
     dtype: torch.dtype | None = None
 
-    @property
-    def bits(self):
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def emin(self):
-        """Exponent of the smallest normal value, shared by the subnormals."""
-        return 1 - self.bias
+    bits = property(lambda self: 1 + self.exponent_bits + self.mantissa_bits)
+    emin = property(lambda self: 1 - self.bias)   # exponent of the smallest normal value, of subnormals too
 
     @property
     def max(self):
@@ -58,14 +52,8 @@ class Format:
         steps_below_2 = 2 if self.has_nan and not self.has_inf else 1
         return (2 - steps_below_2 * 2.0**-self.mantissa_bits) * 2.0**self.emax
 
-    @property
-    def min_normal(self):
-        return 2.0**self.emin
-
-    @property
-    def min_subnormal(self):
-        """Smallest positive value, and the step between subnormals."""
-        return 2.0 ** (self.emin - self.mantissa_bits)
+    min_normal = property(lambda self: 2.0**self.emin)
+    min_subnormal = property(lambda self: 2.0 ** (self.emin - self.mantissa_bits))   # and their step
 
 
 E5M2 = Format("E5M2", 5, 2, bias=15, emax=15, has_inf=True, has_nan=True, dtype=torch.float8_e5m2)
@@ -73,9 +61,9 @@ E4M3 = Format("E4M3", 4, 3, bias=7, emax=8, has_nan=True, dtype=torch.float8_e4m
 E3M2 = Format("E3M2", 3, 2, bias=3, emax=4)
 E2M3 = Format("E2M3", 2, 3, bias=1, emax=2)
 E2M1 = Format("E2M1", 2, 1, bias=1, emax=2)
-# MXINT8 is n / 64 for integers n. That uniform grid is the float "E1M6", with subnormals in [0, 1) and a single
-# binade [1, 2) that has the same step, so every function below serves it too. The grid is kept symmetric,
-# -127..127: the code of -128 decodes to -2, and nothing rounds to it.
+# MXINT8 is n / 64 for integers n. This uniform grid is a float "E1M6", with subnormals in [0, 1) and one
+# binade [1, 2) of the same step, so every function below serves it, too. The grid is symmetric, -127..127:
+# the code of -128 decodes to -2, and nothing rounds to it.
 INT8 = Format("INT8", 1, 6, bias=1, emax=0, twos_complement=True)
 FORMATS = {fmt.name.lower(): fmt for fmt in (E5M2, E4M3, E3M2, E2M3, E2M1, INT8)}
 
@@ -95,25 +83,25 @@ EXPONENT_OF_INF = 1 << 14      # above every exponent; stands for NaN as well
 
 
 def _widen(x):
-    """float16 and bfloat16 become float32, without loss; float32 and float64 stay."""
+    """Convert float16 and bfloat16 to float32, without loss; float32 and float64 stay. Else TypeError."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
     return x if x.dtype == torch.float64 else x.float()
 
 
 def floor_log2(x):
-    """floor(log2|x|) as int32, exact for every finite x, subnormals included.
-    0 gives EXPONENT_OF_ZERO; Inf and NaN give EXPONENT_OF_INF, so a clamp() after it does the expected thing."""
+    """Return floor(log2|x|) as int32, exact for every finite x, subnormals included. 0 gives
+    EXPONENT_OF_ZERO, Inf and NaN give EXPONENT_OF_INF, so that a clamp() after it does what one expects."""
     x = _widen(x)
     exponent = torch.frexp(x).exponent - 1  # frexp: |x| = m · 2^e with 0.5 <= m < 1
     return exponent.masked_fill(x == 0, EXPONENT_OF_ZERO).masked_fill(~x.isfinite(), EXPONENT_OF_INF)
 
 
 def pow2(exponent):
-    """2^exponent as float32 for an int tensor, exact from 2^-149 to 2^127; below that 0, above it Inf."""
+    """Return 2^exponent as float32 for an int tensor, exact from 2^-149 to 2^127; below 0, above Inf."""
     e = exponent.to(torch.int32).clamp(-150, 128)
-    normal = (e + 127) << 23                           # the exponent field alone; 128 lands on the code of Inf
-    subnormal = (1 << (e + 150).clamp(max=24)) >> 1    # the one bit worth 2^e; -150 shifts it out, to 0
+    normal = (e + 127) << 23                          # the exponent field alone; 128 lands on the code of Inf
+    subnormal = (1 << (e + 150).clamp(max=24)) >> 1   # the one bit worth 2^e; -150 shifts it out, to 0
     return torch.where(e < -126, subnormal, normal).view(torch.float32)
 
 
@@ -121,12 +109,12 @@ def pow2(exponent):
 # E8M0: a block scale that is all exponent. 2^-127 .. 2^127 and NaN; no sign, no zero, no Inf.
 
 def e8m0_encode(exponent):
-    """int exponents, clamped to [-127, 127] -> uint8 codes exponent + 127 (never 0xFF)"""
+    """Clamp int exponents to [-127, 127] and return their uint8 codes, exponent + 127 (never 0xFF)."""
     return (exponent.clamp(-127, 127) + 127).to(torch.uint8)
 
 
 def e8m0_decode(codes):
-    """uint8 codes -> float32 powers of two; 0xFF -> NaN, and 0 -> 2^-127, which is subnormal in float32"""
+    """Return the float32 powers of two of uint8 codes: of 0 2^-127, subnormal in float32, and of 0xFF NaN."""
     return pow2(codes.to(torch.int32) - 127).masked_fill(codes == 0xFF, torch.nan)
 
 
@@ -134,7 +122,7 @@ def e8m0_decode(codes):
 # Rounding
 
 def _round_units(units, rounding, generator):
-    """Round a non-negative float tensor to integers."""
+    """Round a float tensor >= 0 to integers."""
     if rounding == "nearest_even":
         return units.round()
     floor = units.floor()
@@ -149,7 +137,7 @@ def _round_units(units, rounding, generator):
 
 @torch.no_grad()
 def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=None):
-    """Round every element of x to a value of fmt's grid. Same shape and dtype as x: all the grids fit in float16
+    """Round every element of x to a value of fmt's grid. Shape and dtype stay: all the grids fit in float16
     and in bfloat16, so rounding happens once, from any of the four dtypes.
 
     Overflow is decided after rounding, as if the top binade went on: in E4M3 the tie 464 goes to the even 448
@@ -175,19 +163,19 @@ def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=No
 
 @torch.no_grad()
 def cast(x, fmt):
-    """The fast path, for training: x -> tensor of fmt.dtype, round to nearest even, saturating, NaN stays NaN.
-    Bit for bit round_to_format(x, fmt).to(fmt.dtype). E4M3 and E5M2 only, the two with a torch dtype."""
+    """Cast x to fmt.dtype, the fast way: round to nearest even, saturate, keep NaN. Bit for bit
+    round_to_format(x, fmt).to(fmt.dtype). Raises ValueError for formats other than E4M3 and E5M2."""
     if fmt.dtype is None:
         raise ValueError(f"torch has no dtype for {fmt.name}: use round_to_format() or encode()")
-    if x.dtype == torch.float64:  # torch would round twice, to float32 on the way: 1.0625 + 2^-40 -> 1.0625 -> 1
+    if x.dtype == torch.float64:  # torch would round twice, to float32 first: 1.0625 + 2^-40 -> 1.0625 -> 1
         x = round_to_format(x, fmt)
-    # Without the clamp overflow is up to the build: E4M3 gives 448 or NaN, E5M2 gives Inf.
+    # Without the clamp, overflow depends on the PyTorch build: E4M3 gives 448 or NaN, E5M2 gives Inf.
     return x.clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 
 @torch.no_grad()
 def uncast(q):
-    """FP8 -> float32, exactly. On a CPU out of a table of all codes, in a third of the time of torch's conversion."""
+    """Convert FP8 to float32, exactly. On a CPU a table of all codes takes a third of torch's time."""
     if q.device.type != "cpu" or q.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return q.float()
     values = torch.arange(256, dtype=torch.uint8, device="cpu").view(q.dtype).float()
@@ -195,21 +183,21 @@ def uncast(q):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Codes. The positive codes, read as integers, count the grid upwards: 0, 1, 2, ... subnormal steps, and on into
-# the normal values without a seam. (What comes after max is Inf or NaN.)
+# Codes. Read as integers, the positive codes count the grid upwards: first the subnormal steps, then the
+# normal values, without a gap. (What comes after max is Inf or NaN.)
 
 def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
     """Round x and return its codes: uint8, same shape, one code a byte (6- and 4-bit codes in the low bits).
-    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero, so -0 becomes 0."""
+    NaN becomes the all-ones code; a format without NaN raises ValueError. INT8 has one zero: -0 becomes 0."""
     value = round_to_format(_widen(x), fmt, rounding, saturate, generator)
     is_nan = value.isnan()
     if not fmt.has_nan and is_nan.any():
-        raise ValueError(f"{fmt.name} has no code for NaN: mask NaNs first, or mark the block's E8M0 scale 0xFF")
+        raise ValueError(f"{fmt.name} has no code for NaN: mask NaNs, or mark the block's E8M0 scale 0xFF")
     # Inf takes the place of the next power of two after max, which is the code that follows max's.
     magnitude = value.abs().clamp(max=2.0 ** (fmt.emax + 1)).masked_fill(is_nan, 0)
     exponent = floor_log2(magnitude).clamp(min=fmt.emin)
     units = (magnitude * pow2(fmt.mantissa_bits - exponent)).to(torch.int32)
-    # A normal number's hidden 1 is part of `units`: adding it to the field is what makes emin's field 1, not 0.
+    # A normal number's hidden 1 is part of `units`. Added to the field it makes that of emin 1, not 0.
     code = ((exponent - fmt.emin) << fmt.mantissa_bits) + units
     code = code.masked_fill(is_nan, (1 << (fmt.bits - 1)) - 1)
     negative = value.signbit()
@@ -221,7 +209,7 @@ def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
 
 
 def decode(codes, fmt):
-    """uint8 codes -> float32 values, exact. Bits above the format's width are ignored."""
+    """Return the float32 values of uint8 codes, exactly. Bits above the format's width are ignored."""
     if codes.dtype != torch.uint8:
         raise TypeError(f"expected uint8 codes, got {codes.dtype}")
     if fmt.twos_complement:
@@ -232,14 +220,14 @@ def decode(codes, fmt):
     units = fraction + ((field > 0).int() << fmt.mantissa_bits)  # a normal number's hidden leading 1
     magnitude = units * pow2(field.clamp(min=1) - fmt.bias - fmt.mantissa_bits)
     # Codes past max: in E5M2 fraction 00 is Inf and the others are NaN; in E4M3 there is only 111.
-    special = torch.where(fraction == 0, torch.inf, torch.nan)
-    magnitude = torch.where(magnitude > fmt.max, special, magnitude)
+    special = magnitude > fmt.max
+    magnitude = magnitude.masked_fill(special, torch.inf).masked_fill(special & (fraction != 0), torch.nan)
     negative = (codes >> (fmt.bits - 1)) & 1
     return torch.where(negative == 1, -magnitude, magnitude)
 
 
 def grid(fmt):
-    """The finite values >= 0 of a format, in ascending order: float32, found by decoding every code."""
+    """Return the finite values >= 0 of a format, ascending, float32, by decoding every code."""
     values = decode(torch.arange(1 << fmt.bits, dtype=torch.uint8, device="cpu"), fmt)
     return values[values.isfinite() & ~values.signbit()].sort().values
 
@@ -248,7 +236,7 @@ def grid(fmt):
 # What `python fp8_formats.py` shows
 
 def relative_error(fmt, k):
-    """RMS of |x - round(x)| / x over evenly spaced x in max·[2^-(k+1), 2^-k]."""
+    """Return the RMS of |x - round(x)| / x over evenly spaced x in max·[2^-(k+1), 2^-k]."""
     x = fmt.max * 2.0**-k * torch.linspace(0.5, 1, 4096, dtype=torch.float64, device="cpu")
     return ((round_to_format(x, fmt) - x) / x).square().mean().sqrt().item()
 
@@ -258,9 +246,9 @@ def print_formats():
     print("format  bits  bias  emax      max  min normal  min subnormal  values >= 0  special codes")
     for fmt in FORMATS.values():
         print(f"{fmt.name:6}{fmt.bits:6}{fmt.bias:6}{fmt.emax:6}{fmt.max:9.6g}{f'2^{fmt.emin}':>12}"
-              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special.get(fmt.name, 'none')}")
-    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal: 2^18 in\n"
-          "   E4M3, 2^32 in E5M2) and doubles the spacing. The number of values hardly changes.\n")
+              f"{f'2^{fmt.emin - fmt.mantissa_bits}':>15}{len(grid(fmt)):13}  {special.get(fmt.name, '-')}")
+    print("-> A bit moved from the fraction to the exponent nearly squares the range (max / min subnormal:\n"
+          "   2^18 in E4M3, 2^32 in E5M2) and doubles the spacing. The number of values hardly changes.\n")
 
 
 def print_grids():
@@ -273,8 +261,8 @@ def print_grids():
         units = " ".join(f"{int(v):2}" for v in inside * 2.0**-spacing)
         binade = "subnormal" if e < E4M3.emin else f"[2^{e}, 2^{e + 1})"
         print(f"{binade:14}2^{spacing:<8}{units:23} · 2^{spacing:<3} = {inside[0]:g} .. {inside[-1]:g}")
-    print("-> Each binade holds the same 8 multiples of a spacing that doubles with the binade, so the relative\n"
-          "   spacing stays. Subnormals go on with the first binade's spacing. 15·2^5 = 480 is missing: NaN's code.\n")
+    print("-> Each binade holds the same 8 multiples of a spacing that doubles from one to the next.\n"
+          "   Subnormals go on with the first one's spacing. 15·2^5 = 480 is missing: its code is NaN's.\n")
 
 
 def print_errors():
@@ -283,14 +271,14 @@ def print_errors():
     print("   k" + "".join(f"{fmt.name:>9}" for fmt in columns))
     for k in (0, 1, 2, 4, 6, 8, 13, 14, 15, 16, 17, 18, 20, 28, 29, 30, 31, 32, 34):
         print(f"{k:4}" + "".join(f"{relative_error(fmt, k):9.2%}" for fmt in columns))
-    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step up. A float\n"
-          "   gains nothing while it is normal, to the last digit, because it has an exponent of its own, and is\n"
-          "   rescued where it would be subnormal: to a float, power-of-two scales add range and not precision.")
+    print("-> Scaling by a power of two moves a value along its column. INT8 gains a bit with every step.\n"
+          "   A float gains nothing while it is normal: it has an exponent of its own. It is rescued where\n"
+          "   it would be subnormal: to a float, power-of-two scales add range, not precision.")
 
 
 @contextmanager
 def picture(path, **labels):
-    """matplotlib's axes, saved after the `with`: gray on transparent, so that it reads on light and dark pages."""
+    """Give matplotlib's axes, saved after the `with`: gray on transparent, for light and dark pages."""
     try:
         import matplotlib
     except ImportError:
@@ -298,9 +286,8 @@ def picture(path, **labels):
     matplotlib.use("Agg")  # draws to files, needs no display
     from matplotlib import pyplot
     gray = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    pyplot.rcParams.update(dict.fromkeys(gray, "#808080"))
-    pyplot.rcParams.update({"legend.framealpha": 0, "savefig.transparent": True, "savefig.dpi": 150,
-                            "savefig.bbox": "tight"})
+    pyplot.rcParams.update({**dict.fromkeys(gray, "#808080"), "legend.framealpha": 0, "savefig.dpi": 150,
+                            "savefig.transparent": True, "savefig.bbox": "tight"})
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     if Path(path).suffix[1:] not in figure.canvas.get_supported_filetypes():
         raise SystemExit(f"--plot {path}: no picture can be written under this name, let it end in .png")
@@ -313,8 +300,9 @@ def picture(path, **labels):
 
 
 def plot_errors(path):
+    title = "Floats keep their precision until they are subnormal, integers lose a bit a binade"
     with picture(path, yscale="log", xlabel="k, for values around max · 2^-k", ylabel="RMS relative error",
-                 title="Floats keep their precision until they are subnormal, integers lose a bit a binade") as axes:
+                 title=title) as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         for fmt in FORMATS.values():
             errors = [relative_error(fmt, k) for k in range(36)]

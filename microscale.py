@@ -1,5 +1,5 @@
 """
-Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one scale per token is left of them.
+Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one scale per token is left.
 
     $ python microscale.py                    # what each recipe keeps of a tensor; on a GPU also its kernels
     $ python microscale.py --plot sqnr.png    # the first table as a picture (needs matplotlib)
@@ -26,8 +26,8 @@ The recipes differ in how many values share a scale:
     mx       E8M0 per 1 x 32                E8M0 per 1 x 32               OCP Microscaling v1.0
 
 So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. It has
-no blocks of 32 and no scale of the whole tensor. The paper has both. Its two levels (`quantize_two_level`) are,
-for blocks X_i of 32 neighbors along C,
+no blocks of 32 and no scale of the whole tensor. The paper has both, for blocks X_i of 32 neighbors along C
+(`quantize_two_level`):
 
     s_i = max|X_i| / 448    s = max_i s_i  (FP32)    ss_i = 2^ceil(log2(s_i / s))  (E8M0)
     Q_i = E4M3(X_i / (s ss_i))                       X_i ~ Q_i s ss_i
@@ -35,10 +35,10 @@ for blocks X_i of 32 neighbors along C,
 Two observations reduce them to one power of two per token:
 
   - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
-    if no scale changes along C. So the ss_i of a row have to be folded. That is exact until a number turns
-    subnormal, at some 2^-14 of the row's maximum. Rounding under the row's scale at once gives the same normal
-    numbers, and rounds the others once instead of twice. So no recipe forms ss_i or calls `fold`.
-  - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds its maximum,
+    if no scale changes along C. So the ss_i of a row are folded. That is exact until a number is subnormal,
+    at some 2^-14 of the row's maximum. Rounding under the row's scale at once gives the same normal numbers,
+    and rounds the others once instead of twice. So no recipe forms ss_i or calls `fold`.
+  - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
     no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
 import argparse
@@ -70,8 +70,8 @@ MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so
 class Quantized:
     """X (R, C) as FP8 `data` (R, C) and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
 
-    `block` is (br, bc); ALL means the whole axis, and a last block may be smaller. `scale` has one number per
-    block, float32, or float8_e8m0fnu (one byte) for small blocks under powers of two. `global_scale`, float32 (),
+    `block` is (br, bc), ALL the whole axis; a last block may be smaller. `scale` has a number for each block,
+    float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, float32 (),
     (1, 1) or (R, 1), is the paper's first level. ValueError for other shapes. No gradient passes.
     """
     data: torch.Tensor
@@ -81,12 +81,11 @@ class Quantized:
 
     def __post_init__(self):
         expected, outer = scale_shape(self.data.shape, self.block), self.global_scale
-        if self.scale.shape != expected or (
-                outer is not None and outer.shape not in ((), (1, 1), (len(self.data), 1))):
-            raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}, and a "
-                             f"global scale is (), (1, 1) or (R, 1): got {[*self.scale.shape]} and {outer}")
-        if self.scale.requires_grad:
-            self.scale = self.scale.detach()
+        outer_fits = outer is None or outer.shape in ((), (1, 1), (len(self.data), 1))
+        if self.scale.shape != expected or not outer_fits:
+            raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}; "
+                             f"a global scale is (), (1, 1) or (R, 1): got {[*self.scale.shape]} and {outer}")
+        self.scale = self.scale.detach() if self.scale.requires_grad else self.scale
 
     def dequantize(self, dtype=torch.float32):
         """Return X (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
@@ -181,7 +180,7 @@ def to_grid(x, fmt):
 
 
 def stores_e8m0(block, rule):
-    """Whether scales are kept as one byte: powers of two of small blocks are, one per row or tensor is not."""
+    """Whether a scale is kept as one byte: a power of two is, unless there is only one per row or tensor."""
     return rule != "fp32" and block[1] != ALL
 
 
@@ -190,7 +189,7 @@ def stores_e8m0(block, rule):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the linear layers of a model quantize. ValueError for settings that contradict each other."""
+    """How the linear layers of a model quantize."""
     name: str
     act_block: tuple          # block of activations and gradients, (rows, along the summed axis)
     weight_block: tuple
@@ -200,8 +199,8 @@ class Recipe:
 
     def __post_init__(self):
         if self.weight_scale != "block" and self.weight_block != (ALL, ALL):
-            raise ValueError(f"recipe {self.name!r}: weights in blocks {self.weight_block} have a scale each, but "
-                             f"{self.weight_scale!r} gives one: choose weight_scale 'block' or blocks (ALL, ALL)")
+            raise ValueError(f"recipe {self.name!r}: weights in blocks {self.weight_block} have many scales, "
+                             f"{self.weight_scale!r} is one: take weight_scale 'block' or blocks (ALL, ALL)")
 
     def __str__(self):
         return self.name
@@ -222,21 +221,20 @@ RECIPES = {
 def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(ALL, ALL)):
     """Quantize x (R, C) with E8M0 scales ss (R, ceil(C / block)) under an FP32 global scale s.
 
-    s = max_i s_i of the tensor, or of every row with global_block = (1, ALL), unless `global_scale` is given, a
-    number or a tensor (), (1, 1) or (R, 1). Any positive one will do, such as that of an earlier step, while
-    FP32 can hold max|x| / s: ss absorbs it.
+    s = max_i s_i of the tensor, or of each row with global_block = (1, ALL), unless `global_scale` is given:
+    a number or a tensor (), (1, 1) or (R, 1). Any positive one will do, while FP32 can hold max|x| / s.
     """
     s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device).detach()
     ss = scale_from_amax(block_amax(x, (1, block)) / s, fmt, "up")
-    if global_scale is None:  # s may have been rounded down: the largest s_i / s is a hair above 1, not ss = 2
+    if global_scale is None:  # if s was rounded down, the largest s_i / s is above 1 by a hair: not ss = 2
         ss = ss.clamp(max=1)
     data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
     return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
 
 
 def fold(q):
-    """Fold two-level q into one scale per row, s times its largest ss. Exact where the new number is normal."""
+    """Fold two-level q into a scale per row, s times its largest ss. Exact where the number stays normal."""
     if q.block[0] != 1:
         raise ValueError(f"blocks {q.block} span rows: only the scales within one row can be folded")
     ss = q.scale.float()
@@ -247,25 +245,24 @@ def fold(q):
 
 @torch.no_grad()
 def fold_loss(x, fmt=E4M3, block=32):
-    """Return what folding costs on x (R, C): share of the values that it changes, energy of the change / of x."""
+    """Return what folding costs on x (R, C): the share of values that it changes, and of energy."""
     unfolded, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
     change = folded - unfolded   # unfolded: two-level with s = 1
     energy = change.square().sum() / x.float().square().sum().clamp(min=1e-38)
-    return (change != 0).float().mean().nan_to_num(), energy   # 0 of no values
+    return (change != 0).float().mean().nan_to_num(), energy   # nan_to_num: of an empty x 0
 
 
 def saturated_share(x, q):
     """Return the share of the values of x (R, C) beyond the largest number that their block of q can hold."""
     limit = replace(q, data=torch.full_like(q.data, format_of(q.data).max)).dequantize()
-    return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale itself is rounded
+    return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale is rounded
 
 
 def transpose_reference(q, row_factor=None):
     """Transpose FP8 data (R, C) -> (C, R), times `row_factor` (R, 1), powers of two <= 1.
 
-    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): the scale of a row cannot leave a sum over the
-    rows, so all rows are first brought to one scale. Powers of two change exponents alone: this is exact while
-    the result is normal. Below, it is rounded to nearest even, once.
+    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): the scale of a row cannot leave a sum over
+    rows, so all rows are brought to one scale. That is exact while the result is normal, else it is rounded.
     """
     if row_factor is not None:
         q = cast(uncast(q) * row_factor, format_of(q))
@@ -275,8 +272,8 @@ def transpose_reference(q, row_factor=None):
 def quantize_weight(weight, recipe, scale=None):
     """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N.
 
-    One scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W once
-    for each. `scale` (1, 1) comes from autoscale.py. ValueError if it is given and the recipe measures blocks.
+    One scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W
+    once for each. `scale` (1, 1) comes from autoscale.py, for recipes that do not measure blocks.
     """
     if scale is not None and recipe.weight_scale == "block":
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
@@ -287,7 +284,7 @@ def quantize_weight(weight, recipe, scale=None):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The operations around a linear layer, each with the quantizer that follows it
+# The operations around a linear layer. On a GPU, the kernels of the quantizers compute them, too.
 
 NORM_EPS = 1e-5
 NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear layer reads
@@ -304,10 +301,8 @@ def swiglu(h):
 
 
 def swiglu_gradient(h, da):
-    """Return the gradient of h = [gate, up] (R, 2 ffn), float32, from da (R, ffn), that of a = silu(gate) up.
-
-    With sigma = sigmoid(gate):  d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma.
-    """
+    """Return the gradient of h = [gate, up] (R, 2 ffn), float32, from da (R, ffn), that of a = silu(gate) up:
+    d gate = da up (sigma + gate sigma (1 - sigma)),  d up = da gate sigma,  where sigma = sigmoid(gate)."""
     (gate, up), da = h.float().chunk(2, dim=1), da.float()
     sigma = gate.sigmoid()
     silu = gate * sigma
@@ -315,26 +310,22 @@ def swiglu_gradient(h, da):
 
 
 def rope(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by the angles of their positions.
-
-    cos, sin (T, head_dim / 2). Computed in float32, whatever x is.
-    """
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by angles with these cos, sin
+    (T, head_dim / 2), one for each position and pair. Computed in float32, whatever x is."""
     cos, sin = cos[:, None], sin[:, None]                                          # (T, 1, head_dim / 2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def qkv_gradient(dq, dk, dv, cos, sin):
-    """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), float32, from those of rope(q), rope(k) and v.
-
-    dq (B, T, heads, head_dim); dk, dv (B, T, kv_heads, head_dim).
-    """
+    """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), float32, from those of rope(q) (B, T, heads,
+    head_dim), of rope(k) and of v (B, T, kv_heads, head_dim)."""
     dq, dk = (rope(x.float(), cos, -sin) for x in (dq, dk))   # turned back by the same angles
     return torch.cat([x.float().flatten(2) for x in (dq, dk, dv)], dim=2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Each quantizer as a kernel, where the GPU has FP8 tensor cores, or in PyTorch. Shapes are checked here.
+# The same, as a kernel where the GPU has FP8 tensor cores, or in PyTorch. Other shapes are a ValueError.
 
 KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores multiply FP8 32 at a time
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
@@ -350,10 +341,8 @@ def runs_kernels(device):
 
 
 def has_fp8_tensor_cores(device):
-    """Whether kernels run there: on an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton.
-
-    ValueError if it is such a GPU but not the current one, on which Triton would start the kernel.
-    """
+    """Whether kernels run there: an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton.
+    ValueError for such a GPU that is not the current one, where Triton would start the kernel."""
     index = torch.device(device).index
     if not runs_kernels(device) or index in (None, torch.cuda.current_device()):
         return runs_kernels(device)
@@ -370,14 +359,14 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
     if x.dtype not in dtypes or len(x.shape) != len(shape) or any(
             size not in (None, n) for size, n in zip(shape, x.shape)):
         sizes = str(tuple(shape)).replace("None", "any")
-        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}: it has to be {meaning}, {sizes}, "
-                         f"of {' or '.join(map(str, dtypes))}")
+        raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: expected {sizes}, {meaning}"
+                         f", and dtype {' or '.join(map(str, dtypes))}")
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor.
 
-    PyTorch does blocks of 128 x 128, of which there are only weights, and widths not in KERNEL_WIDTHS.
+    Blocks of 128 x 128, which only weights have, and widths not in KERNEL_WIDTHS are left to PyTorch.
     """
     expect("x", x, (None, None), "rows that products sum along")
     check_name("scale rule", rule, RULES)
@@ -409,14 +398,11 @@ def transpose(q, row_factor=None):
     expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
     if row_factor is not None:
         expect("row_factor", row_factor, (len(q), 1), "one for each row")
-    return (transpose_triton if q.numel() and has_fp8_tensor_cores(q.device) else transpose_reference)(q, row_factor)
+    return (transpose_triton if kernels_take(q) else transpose_reference)(q, row_factor)
 
 
 def norm_rows(x, kind, weight=None, fmt=E4M3):
-    """Quantize norm(x) (R, C) with a power of two per row, as `moss` does. The norm is computed in float32.
-
-    kind: one of NORMS; weight (C) or None, for "rms".
-    """
+    """Quantize norm(x) (R, C) under a power of two per row. `kind` is of NORMS; "rms" takes a weight (C)."""
     check_name("norm", kind, NORMS)
     expect("x", x, (None, None), "rows")
     if weight is not None:
@@ -428,7 +414,7 @@ def norm_rows(x, kind, weight=None, fmt=E4M3):
 
 
 def swiglu_rows(h):
-    """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn), for the backward pass."""
+    """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn) for the backward pass."""
     expect("h", h, (None, h.shape[-1] // 2 * 2), "rows [gate, up]")
     if kernels_take(h):
         return swiglu_rows_triton(h)
@@ -439,9 +425,9 @@ def swiglu_backward(h, da):
     """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn).
 
     The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
-    silu is steeper, and |d up| <= |da gate|. Mostly it is the scale of the maximum, or 2 or 4 times that: less
-    range below, and the same precision above. (It is far larger in rows whose gates are all far below zero:
-    there the gradient is next to nothing, and becomes zero.)
+    silu is steeper, and |d up| <= |da gate|. Mostly it is the scale of the maximum, or 2 or 4 times it: this
+    costs range and no precision. (It is far larger where all gates of a row are far below zero: there the
+    gradient is next to nothing, and becomes zero.)
     """
     expect("da", da, (len(h.data), None), "a gradient for each row of h")
     expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
@@ -450,7 +436,8 @@ def swiglu_backward(h, da):
     h = h.dequantize()
     gate, up = h.chunk(2, dim=1)
     bound = block_amax(da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs()), (1, ALL))
-    return quantize_reference(swiglu_gradient(h, da), scale=scale_from_amax(bound, E4M3, "up"), block=(1, ALL))
+    scale = scale_from_amax(bound, E4M3, "up")
+    return quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale)
 
 
 def expect_heads(name, x, shape, cos, sin):
@@ -481,13 +468,10 @@ def rope_backward(dq, dk, dv, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The kernels
-#
-# A kernel is started as kernel[grid](...): a grid of *programs*, told apart by tl.program_id, each of which works on
-# a tile that lies in the registers of its threads. tl.load and tl.store reach memory where `mask` is true. What is
-# tl.constexpr is known when the kernel is compiled. num_warps: groups of 32 threads per program. An SM is one of the
-# GPU's processors (an H200 has 132) and runs a few programs at a time. On a CPU Triton's interpreter runs the same
-# code in NumPy (TRITON_INTERPRET=1).
+# The kernels. kernel[grid](...) starts a grid of *programs*, told apart by tl.program_id. Each works on a
+# tile in the registers of its threads, 32 num_warps of them. tl.load and tl.store reach memory where
+# `mask` is true. tl.constexpr is known when the kernel is compiled. An SM is one of the GPU's processors (an
+# H200 has 132) and runs a few programs at a time. With TRITON_INTERPRET=1 NumPy runs the same code on a CPU.
 
 def power_of_two_from(n):
     """Return the smallest power of two >= n, and >= 16: every thread casts four numbers at a time to FP8."""
@@ -507,7 +491,8 @@ if HAS_TRITON:
         "{ .reg .b16 low, high; "
         f"cvt.rn.satfinite.{fmt}x2.f32 low, $2, $1; cvt.rn.satfinite.{fmt}x2.f32 high, $4, $3; "
         "mov.b32 $0, {low, high}; }") for fmt in ("e4m3", "e5m2"))
-    # 1 / (1 + 2^(-x log2 e)). Triton's own takes three times as many instructions, for subnormal results above all.
+    REGISTERS = tl.constexpr("=r,f,f,f,f")
+    # 1 / (1 + 2^(-x log2 e)). Triton's own takes three times as many instructions, most for subnormals.
     SIGMOID = tl.constexpr("{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; "
                            "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
 
@@ -515,12 +500,12 @@ if HAS_TRITON:
     def to_fp8(x, IS_E4M3: tl.constexpr = True):
         """Cast float32 to FP8: round to nearest even, saturate, keep NaN.
 
-        One instruction casts two numbers. It is spelled out, four numbers at a time, because Triton 3.6 miscompiles
-        its own cast where the bytes are stored by rows and by columns.
+        One instruction casts two numbers. It is spelled out, four numbers at a time, because Triton 3.6
+        miscompiles its own cast where the bytes are stored by rows and by columns.
         """
         if INTERPRETED:
-            # Adding and taking away 2^23 steps of the grid leaves x rounded to it. The step is 2^(e - mantissa bits),
-            # where e is the exponent of |x|, or of the smallest normal number for all that is below.
+            # Adding and taking away 2^23 steps of the grid leaves x rounded to it. A step is 2^(e - mantissa
+            # bits), where e is the exponent of |x|, or of the smallest normal number for all that is below.
             emin_field: tl.constexpr = 127 - 6 if IS_E4M3 else 127 - 14
             to_magic: tl.constexpr = 23 - 3 if IS_E4M3 else 23 - 2
             bits = x.to(tl.int32, bitcast=True)
@@ -528,13 +513,13 @@ if HAS_TRITON:
             magic = (tl.minimum(field + to_magic, 254) << 23).to(tl.float32, bitcast=True)
             size = tl.minimum((tl.abs(x) + magic) - magic, 448.0 if IS_E4M3 else 57344.0)
             signed = size.to(tl.int32, bitcast=True) | (bits & -0x80000000)
-            nan: tl.constexpr = 0x7FF00000 if IS_E4M3 else 0x7FE00000           # all the bits that remain are ones
+            nan: tl.constexpr = 0x7FF00000 if IS_E4M3 else 0x7FE00000   # all the bits that remain are ones
             x = tl.where(x != x, nan, signed).to(tl.float32, bitcast=True)
             return x.to(tl.float8e4nv if IS_E4M3 else tl.float8e5)
         elif IS_E4M3:
-            return tl.inline_asm_elementwise(CAST_E4M3, "=r,f,f,f,f", [x], dtype=tl.float8e4nv, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(CAST_E4M3, REGISTERS, [x], tl.float8e4nv, is_pure=True, pack=4)
         else:
-            return tl.inline_asm_elementwise(CAST_E5M2, "=r,f,f,f,f", [x], dtype=tl.float8e5, is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(CAST_E5M2, REGISTERS, [x], tl.float8e5, is_pure=True, pack=4)
 
     @triton.jit
     def sigmoid(x):
@@ -545,7 +530,7 @@ if HAS_TRITON:
 
     @triton.jit
     def magnitude(x):
-        """|x| as integers, which sort like the numbers, Inf above them and NaN above Inf: no NaN is lost by max."""
+        """|x| as integers, which sort like the numbers, then Inf, then NaN: max loses no NaN."""
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
     @triton.jit
@@ -572,11 +557,12 @@ if HAS_TRITON:
     def _quantize_kernel(x_ptr, q_ptr, t_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
                          ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
                          IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr):
-        """Quantize a tile (ROWS, COLS) of x, read once in any layout, under a scale per GROUP columns or a given one."""
+        """Quantize a tile (ROWS, COLS) of x, any strides, under a scale per GROUP columns or a given one."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = (r < R)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
+        at = x_ptr + r[:, None] * stride_r + c[None, :] * stride_c
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if RULE == "given":
             q = to_fp8(x * tl.div_rn(1.0, tl.load(scale_ptr)), IS_E4M3)
         else:
@@ -586,46 +572,47 @@ if HAS_TRITON:
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
-            at = scale_ptr + r[:, None] * groups + g[None, :]
-            tl.store(at, scale, mask=(r < R)[:, None] & (g < groups)[None, :])
+            tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale,
+                     mask=(r < R)[:, None] & (g < groups)[None, :])
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
         if BOTH:
             tl.store(t_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
     def quantize_triton(x, fmt, block, rule, scale=None, both=False):
-        """Quantize x (R, C), any strides, in blocks 1 x n, or under a given `scale` (1, 1); both: return x^T, too."""
+        """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (1, 1); both: return x^T, too."""
         (R, C), e8m0 = x.shape, scale is None and stores_e8m0(block, rule)
         rows, cols, group, groups = 64, 128, 128, 1
         if scale is None:
             rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
-            scale = torch.empty(R, groups, device=x.device, dtype=torch.float8_e8m0fnu if e8m0 else torch.float32)
+            dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
+            scale = torch.empty(R, groups, device=x.device, dtype=dtype)
         else:
             rule, block = "given", (ALL, ALL)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
         t = torch.empty(C, R, device=x.device, dtype=fmt.dtype) if both else None
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
-            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, x.stride(0), x.stride(1), groups, ROWS=rows,
+            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), groups, ROWS=rows,
             COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)
-        return (Quantized(q, scale, block), Quantized(t, scale, block)) if both else Quantized(q, scale, block)
+        q = Quantized(q, scale, block)
+        return (q, Quantized(t, scale, block)) if both else q
 
     @triton.jit
     def load_row(ptr, r, c, C, stride_r, stride_c, EVICT: tl.constexpr = tl.constexpr("")):
-        """Columns c of rows r as float32. EVICT "evict_last": they are read again, so L2 should keep them."""
+        """Load columns c of rows r as float32. EVICT tells L2 whether they are read again."""
         at = r[:, None] * stride_r + c[None, :] * stride_c
         return tl.load(ptr + at, mask=(c < C)[None, :], other=0.0, eviction_policy=EVICT).to(tl.float32)
 
     @triton.jit
-    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr = True, EVICT: tl.constexpr = tl.constexpr("")):
+    def store_row(q_ptr, x, r, c, C, stride_r, IS_E4M3: tl.constexpr = True,
+                  EVICT: tl.constexpr = tl.constexpr("")):
         at = r[:, None] * stride_r + c[None, :]
         tl.store(q_ptr + at, to_fp8(x, IS_E4M3), mask=(c < C)[None, :], eviction_policy=EVICT)
 
     @triton.jit
     def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, NORM: tl.constexpr,
                      ROWS: tl.constexpr, COLS: tl.constexpr, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
-        """Whole rows: read, norm, amax, scale, FP8. A row waits in registers for its maximum.
-
-        Programs past the end recompute the last row: a mask for the rows would cost a tenth of the bandwidth.
-        """
+        """`norm_rows`. A row waits in registers for its maximum. Programs past the end recompute the last
+        row: a mask for the rows would cost a tenth of the bandwidth."""
         r = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), R - 1)
         c = tl.arange(0, COLS)
         x = load_row(x_ptr, r, c, C, stride_r, stride_c)
@@ -640,26 +627,25 @@ if HAS_TRITON:
         store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
     def norm_rows_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
-        (R, C), q = x.shape, empty_rows(*x.shape, x.device, fmt)
-        cols = power_of_two_from(C)
+        (R, C), weight = x.shape, None if weight is None else weight.contiguous()
+        q, cols = empty_rows(R, C, x.device, fmt), power_of_two_from(C)
         rows = max(2048 // cols, 1)
         _rows_kernel[(cdiv(R, rows),)](
-            x, None if weight is None else weight.contiguous(), q.data, q.scale, R, C, x.stride(0), x.stride(1),
-            NORM_EPS, NORM=kind, ROWS=rows, COLS=cols, RULE=rule, IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
+            x, weight, q.data, q.scale, R, C, *x.stride(), NORM_EPS, NORM=kind, ROWS=rows, COLS=cols,
+            RULE=rule, IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
         return q
 
     @triton.jit
     def load_halves(h_ptr, r, c, F, EVICT: tl.constexpr = tl.constexpr("")):
-        """Columns c of gate and of up, rows r of h (R, 2 F)."""
+        """Load columns c of gate and of up, rows r of h (R, 2 F)."""
         return load_row(h_ptr, r, c, F, 2 * F, 1, EVICT), load_row(h_ptr + F, r, c, F, 2 * F, 1, EVICT)
 
     @triton.jit
     def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
-        """`swiglu_rows_reference` of one row, which is read twice, the second time out of the L2 cache.
+        """`swiglu_rows` of one row, which is read twice, the second time out of the L2 cache.
 
-        To keep a row in registers, as above, leaves room for one program per SM, which reads nothing while it
-        computes: for 16384 rows of 22016 numbers 640 us instead of 346. Telling the cache what is read again and
-        what is not saves another 18 us.
+        A row in registers, as above, leaves room for one program per SM, which reads nothing while it
+        computes: 16384 rows of 22016 numbers take 640 us, and this way 346. EVICT saves another 18 us.
         """
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
@@ -687,11 +673,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
-        """`swiglu_backward_reference` of one row, read twice: once for the bound, and then for the gradient.
-
-        With the maximum in place of the bound every gradient would be computed twice, and computing takes longer
-        than reading: 427 us instead of 378 on an H100.
-        """
+        """`swiglu_backward` of one row, read twice: once for the bound, and then for the gradient. With the
+        maximum in place of the bound every gradient is computed twice: 427 us, and not 378, on an H100."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         h_scale = tl.load(h_scale_ptr + r[:, None])
         bound = tl.zeros((1, BLOCK), tl.float32)
@@ -716,8 +699,8 @@ if HAS_TRITON:
     def swiglu_backward_triton(h, da):
         R, ffn = da.shape
         q = empty_rows(R, 2 * ffn, da.device)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q.data, q.scale, ffn,
-                                      BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q.data,
+                                      q.scale, ffn, BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
         return q
 
     @triton.jit
@@ -726,8 +709,9 @@ if HAS_TRITON:
         return a, tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, t, stride_h, HALF: tl.constexpr, BACK: tl.constexpr):
-        """Pairs of rows of heads: (x_i, x_{i + HALF}), both (ROWS, PAIRS) float32, turned; and where x_i lies."""
+    def rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, t, stride_h, HALF: tl.constexpr,
+               BACK: tl.constexpr):
+        """Turn pairs (x_i, x_{i + HALF}): return both, (ROWS, PAIRS) float32, and where x_i lies."""
         i = (pair % HALF)[None, :]
         at = row[:, None] + (pair // HALF)[None, :] * stride_h + i
         angle = t[:, None] * HALF + i
@@ -754,8 +738,8 @@ if HAS_TRITON:
         pairs = heads * head_dim // 2
         width = min(power_of_two_from(pairs), 1024)
         _rope_kernel[(cdiv(B * T, 2), cdiv(pairs, width))](
-            x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *x.stride()[:3], HALF=head_dim // 2, ROWS=2,
-            PAIRS=width, num_warps=4)
+            x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *x.stride()[:3], HALF=head_dim // 2,
+            ROWS=2, PAIRS=width, num_warps=4)
 
     @triton.jit
     def store_pairs(row, pair, inside, a, b, inverse, HALF: tl.constexpr):
@@ -765,10 +749,11 @@ if HAS_TRITON:
         tl.store(at + HALF, to_fp8(b * inverse), mask=inside)
 
     @triton.jit
-    def _rope_backward_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr, R, T, pairs, kv_pairs,
-                              dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, HALF: tl.constexpr,
-                              ROWS: tl.constexpr, PAIRS: tl.constexpr, KV_PAIRS: tl.constexpr):
-        """`rope_backward_reference`: three tensors of any strides (b, t, h) become the rows of one."""
+    def _rope_backward_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr, R, T, pairs,
+                              kv_pairs, dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
+                              HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+                              KV_PAIRS: tl.constexpr):
+        """`rope_backward`: three tensors of any strides (b, t, h) become the rows of one."""
         r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)
         b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
         j, i = tl.arange(0, PAIRS), tl.arange(0, KV_PAIRS)
@@ -801,7 +786,7 @@ if HAS_TRITON:
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-        """A tile (BLOCK_R, BLOCK_C) of q, times a factor per row, to its place in out (C, R)."""
+        """Move a tile (BLOCK_R, BLOCK_C) of q, times a factor per row, to its place in out (C, R)."""
         r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = (r < R)[:, None] & (c < C)[None, :]
@@ -830,10 +815,10 @@ def sqnr(x, approximation, group=None):
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
 
 
-QUANTIZERS = {name: lambda x, fmt=E4M3, recipe=recipe: quantize_reference(x, fmt, recipe.act_block, recipe.rule)
+QUANTIZERS = {name: lambda x, fmt=E4M3, r=recipe: quantize_reference(x, fmt, r.act_block, r.rule)
               for name, recipe in RECIPES.items() if recipe}
-QUANTIZERS["two-level"] = quantize_two_level
-QUANTIZERS["s = 1"] = lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)
+QUANTIZERS |= {"two-level": quantize_two_level,
+               "s = 1": lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)}
 
 
 def synthetic_data():
@@ -858,11 +843,14 @@ def real_data(steps=120, batch=4, T=64, d=256):
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
     torch.manual_seed(0)
     sizes = {"qkv": (d, 3 * d), "out": (d, d), "gate_up": (d, 6 * d), "down": (3 * d, d)}
-    first, second = (nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(2))
+    first, second = (nn.ModuleDict({n: nn.Linear(*size) for n, size in sizes.items()}) for _ in range(2))
     embedding, head, data = nn.Embedding(256, d), nn.Linear(d, 256), {}
-    for n, linear in second.items():
-        linear.register_forward_hook(lambda _, x, y, n=n: data.update({f"X of {n}": x[0].detach().flatten(0, 1)}))
-        linear.register_full_backward_hook(lambda _, dx, dy, n=n: data.update({f"dY of {n}": dy[0].flatten(0, 1)}))
+
+    def keep(name):
+        return lambda _, x, y: data.update({name: (x if name[0] == "X" else y)[0].detach().flatten(0, 1)})
+    for name, linear in second.items():
+        linear.register_forward_hook(keep(f"X of {name}"))
+        linear.register_full_backward_hook(keep(f"dY of {name}"))
     optimizer = torch.optim.AdamW(nn.ModuleList([embedding, first, second, head]).parameters(), lr=2e-3)
     for _ in range(steps):
         tokens = text[torch.randint(len(text) - T, (batch, 1)) + torch.arange(T + 1)].long()  # (batch, T + 1)
@@ -889,38 +877,40 @@ TABLES = [("""\
 1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a
    small transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
            {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTIZERS.items()}, """\
-A float has an exponent of its own: power-of-two scales add range, not precision. two-level rescues what tensor
-   pushes into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes nothing else.
-   s = 1 moves a line by a fraction of a dB. moss rescues only in part what is small in its row. FP32 scales store
-   a block's maximum exactly: group gains where few values dominate. The floor rule of mx cuts off their top."""),
+Power-of-two scales add range to a float, and no precision: it has an exponent of its own. two-level rescues
+   what tensor pushes into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes
+   nothing else; s = 1 moves a line by a fraction of a dB. moss rescues a part of what is small in its row.
+   FP32 scales store a block's maximum exactly, so group gains where few dominate; mx cuts them off."""),
           ("2. The same with a uniform element, an 8-bit integer",
-           {n: lambda x, q=QUANTIZERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")}, """\
-An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (SQNR of tensor < group <
-   two-level, over the tensor) holds where sizes differ much inside a group: outlier channels, X of down, dY of
-   gate_up. Elsewhere scales rounded up to powers of two cost about what smaller blocks gain, or more. For E4M3
-   it holds nowhere."""),
+           {n: lambda x, n=n: score(x, QUANTIZERS[n](x, INT8)) for n in ("tensor", "group", "two-level")},
+           """\
+An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (tensor < group <
+   two-level) holds, over the tensor, where sizes differ much inside a group: outlier channels, X of down, dY
+   of gate_up. Elsewhere scales rounded up to powers of two cost what smaller blocks gain. For E4M3 it holds
+   nowhere."""),
           ("""\
-3. Folding: share of values changed, energy of the change. Then SQNR of X^T, where X is needed along both axes:
-   "once" from X; "twice" from the quantized X, quantized again; "moved": its FP8 numbers, brought to one scale""",
+3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes:
+   "once" from X; "twice" from the quantized X, quantized again; "moved", its FP8 numbers under one scale""",
            {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
             "moved": lambda x: score(x.t(), move(x)),
             "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
             "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
             "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
-Folding changes values of about 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that
-   counts. FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on real
-   tensors. Powers of two share one grid, and so does moved, in FP8 alone; tokens 10^4 smaller lose bits.""")]
+Folding changes values of some 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that
+   counts. FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on
+   real tensors. Powers of two share one grid, and so does moved, in FP8; tokens 10^4 smaller lose bits.""")]
 
 
 def plot_sqnr(data, path):
     names = [name.replace(" of ", "\n") for name in data]
-    with picture(path, xticks=range(len(data)), xticklabels=names, ylim=(20, 38),
-                 ylabel="SQNR of E4M3, dB", title="Bars: of the tensor. Dots: mean over groups of 32") as axes:
+    title = "Bars: of the tensor. Dots: mean over groups of 32"
+    with picture(path, xticks=range(len(data)), xticklabels=names, ylim=(20, 38), title=title,
+                 ylabel="SQNR of E4M3, dB") as axes:
         for i, name in enumerate(("tensor", "group", "mx", "moss")):
             pairs = [(x, QUANTIZERS[name](x).dequantize()) for x in data.values()]
             bars = torch.arange(len(data)) + 0.2 * i - 0.3
             axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
-            axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", markeredgecolor="w")
+            axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", mec="w")
 
 
 def show_bandwidth(T=16384, d=4096, ffn=11008):
@@ -945,7 +935,8 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
     for name, (nbytes, function) in kernels.items():
-        source, target = torch.empty(2, nbytes // 4, device="cuda", dtype=torch.bfloat16).unbind()
+        source = torch.randn(nbytes // 4, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
         ms, copy = (do_bench(f, return_mode="median") for f in (function, lambda: target.copy_(source)))
         print(f"   {name:34}{1e3 * ms:7.0f}{nbytes / ms * 1e-9:7.2f}{copy / ms:8.0%}")
 

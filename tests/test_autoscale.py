@@ -571,12 +571,6 @@ def set_options(**options):
     return lambda run, p: run.optimizer.param_groups[0].update(options)
 
 
-def scale_gradients(run, p):
-    """As torch.amp.GradScaler does for an optimizer that unscales the gradients itself."""
-    run.optimizer.param_groups[0]["fused"] = True
-    run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor([4.0, 0.0], device=DEVICE)
-
-
 CHANGES = {   # of a run and its first weight, before each step
     "none": lambda run, p: None,
     "no gradient": lambda run, p: setattr(p, "grad", None),
@@ -585,7 +579,7 @@ CHANGES = {   # of a run and its first weight, before each step
     "no copies": lambda run, p: setattr(run.layers[0], "copies", None),
     "gradient transposed": lambda run, p: setattr(p, "grad", transposed(p.grad)),
     "weight transposed": lambda run, p: setattr(p, "data", transposed(p)),
-    "scaled by torch.amp": scale_gradients, "lr in a tensor": set_options(lr=torch.tensor(3e-3)),
+    "lr in a tensor": set_options(lr=torch.tensor(3e-3)),
     "amsgrad": set_options(amsgrad=True), "maximize": set_options(maximize=True),
     "coupled decay": set_options(decoupled_weight_decay=False)}
 
@@ -600,6 +594,12 @@ def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(kernel
         ours.assert_same(theirs)
         assert (ours.scales.headroom() >= 1).all() or change == "coupled decay"
         assert (ours.layers[0].copies is None) == (change == "no copies" and step % 8 != 0)
+
+
+def test_torch_amp_unscales_the_gradients_before_the_step():
+    weight = torch.nn.Parameter(torch.ones(16, 16))
+    assert torch.optim.AdamW([weight], fused=True)._step_supports_amp_scaling
+    assert not FP8AdamW([weight], [], fused=True)._step_supports_amp_scaling
 
 
 def test_without_fp8_tensor_cores_it_is_torch_adamw_bit_for_bit(monkeypatch):

@@ -61,7 +61,7 @@ def ties(fmt):
 
 
 def nearest_by_search(x, fmt):
-    """Round to nearest even by looking x up in the grid. A grid value is even if its index is: index = code."""
+    """Round to nearest even by looking x up in the grid. A value is even if its index is: index = code."""
     values, magnitude = grid(fmt).double(), x.double().abs()
     below = torch.searchsorted(values, magnitude.nan_to_num(0), right=True) - 1
     above = (below + 1).clamp(max=len(values) - 1)
@@ -74,8 +74,7 @@ def nearest_by_search(x, fmt):
 # ---------------------------------------------------------------------------------------------------
 # The formats, against the table of the MX specification
 
-
-@pytest.mark.parametrize("fmt, bits, bias, emax, largest, min_normal, min_subnormal", [
+@pytest.mark.parametrize("fmt, bits, bias, emax, largest, normal, subnormal", [
     (E5M2, 8, 15, 15, 57344, 2**-14, 2**-16),
     (E4M3, 8, 7, 8, 448, 2**-6, 2**-9),
     (E3M2, 6, 3, 4, 28, 2**-2, 2**-4),
@@ -83,25 +82,18 @@ def nearest_by_search(x, fmt):
     (E2M1, 4, 1, 2, 6, 1, 2**-1),
     (INT8, 8, 1, 0, 127 / 64, 1, 2**-6),
 ])
-def test_format_numbers_are_those_of_the_specification(fmt, bits, bias, emax, largest, min_normal, min_subnormal):
+def test_format_numbers_are_those_of_the_specification(fmt, bits, bias, emax, largest, normal, subnormal):
     assert (fmt.bits, fmt.bias, fmt.emax) == (bits, bias, emax)
-    assert (fmt.max, fmt.min_normal, fmt.min_subnormal) == (largest, min_normal, min_subnormal)
+    assert (fmt.max, fmt.min_normal, fmt.min_subnormal) == (largest, normal, subnormal)
 
 
-@pytest.mark.parametrize("fmt, exponent_bits, mantissa_bits, bias", [(E3M2, 3, 2, 3), (E2M3, 2, 3, 1), (E2M1, 2, 1, 1)])
+@pytest.mark.parametrize("fmt, exponent_bits, mantissa_bits, bias",
+                         [(E3M2, 3, 2, 3), (E2M3, 2, 3, 1), (E2M1, 2, 1, 1)])
 def test_grid_of_a_small_float_follows_from_its_definition(fmt, exponent_bits, mantissa_bits, bias):
     subnormal = [2 ** (1 - bias) * fraction / 2**mantissa_bits for fraction in range(2**mantissa_bits)]
     normal = [2 ** (field - bias) * (1 + fraction / 2**mantissa_bits)
               for field in range(1, 2**exponent_bits) for fraction in range(2**mantissa_bits)]
     assert grid(fmt).tolist() == subnormal + normal
-
-
-def test_grid_of_e2m1_is_the_well_known_eight_values():
-    assert grid(E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-
-
-def test_grid_of_int8_is_uniform():
-    assert grid(INT8).tolist() == [n / 64 for n in range(128)]
 
 
 def test_int8_codes_are_twos_complement():
@@ -115,7 +107,6 @@ def test_int8_never_rounds_to_minus_two():
 
 # ---------------------------------------------------------------------------------------------------
 # Codes
-
 
 @for_devices
 @for_formats(FP8)
@@ -146,13 +137,6 @@ def test_codes_count_the_grid_upwards(fmt):
     assert encode(grid(fmt), fmt).tolist() == list(range(len(grid(fmt))))
 
 
-@for_formats(FP8)
-def test_encode_gives_the_bytes_that_torch_stores(fmt):
-    x = all_16_bit_values(torch.bfloat16)
-    x = x[~x.isnan()]
-    assert torch.equal(encode(x, fmt), cast(x, fmt).view(torch.uint8))
-
-
 @for_formats(NO_NAN)
 def test_encode_refuses_nan_where_there_is_no_code_for_it(fmt):
     with pytest.raises(ValueError, match="no code for NaN"):
@@ -161,7 +145,6 @@ def test_encode_refuses_nan_where_there_is_no_code_for_it(fmt):
 
 # ---------------------------------------------------------------------------------------------------
 # Exponents and E8M0
-
 
 @for_devices
 @pytest.mark.parametrize("dtype, lowest, highest", [(torch.float32, -149, 127), (torch.float64, -1074, 1023)])
@@ -173,7 +156,7 @@ def test_floor_log2_is_exact_at_powers_of_two_and_next_to_them(dtype, lowest, hi
     assert torch.equal(floor_log2(powers), exponents)
     assert torch.equal(floor_log2(-powers), exponents)
     assert torch.equal(floor_log2(below), exponents[:-1])
-    assert torch.equal(floor_log2(above)[1:], exponents[2:])  # (the value after 2^-149 is 2^-148, a power itself)
+    assert torch.equal(floor_log2(above)[1:], exponents[2:])  # (after 2^-149 comes 2^-148, a power itself)
 
 
 @for_dtypes([torch.float16, torch.bfloat16])
@@ -215,7 +198,6 @@ def test_e8m0_clamps_exponents_and_never_becomes_nan():
 
 # ---------------------------------------------------------------------------------------------------
 # Rounding to nearest
-
 
 @for_devices
 @for_dtypes([torch.float16, torch.bfloat16])
@@ -296,7 +278,6 @@ def test_a_power_of_two_scale_adds_precision_to_an_integer():
 # ---------------------------------------------------------------------------------------------------
 # Stochastic rounding
 
-
 def stochastic(x, fmt, seed):
     generator = torch.Generator(device=x.device).manual_seed(seed)
     return round_to_format(x, fmt, rounding="stochastic", generator=generator)
@@ -314,7 +295,7 @@ def test_stochastic_rounding_picks_both_neighbors_and_nothing_else(fmt):
     low, tie, high = ties(fmt)
     draws = torch.stack([stochastic(tie, fmt, seed) for seed in range(64)])
     assert ((draws == low) | (draws == high)).all()
-    assert (draws == low).any(dim=0).all() and (draws == high).any(dim=0).all()  # all 64 the same: once in 2^63
+    assert (draws == low).any(dim=0).all() and (draws == high).any(dim=0).all()  # all the same: once in 2^63
 
 
 @for_formats(ALL)
@@ -336,7 +317,6 @@ def test_stochastic_rounding_is_unbiased(x, device):
 # ---------------------------------------------------------------------------------------------------
 # Overflow, NaN, zeros
 
-
 @for_devices
 @for_formats(ALL)
 @for_dtypes(DTYPES)
@@ -346,25 +326,16 @@ def test_saturating_sends_everything_beyond_max_to_max(fmt, dtype, device):
     assert round_to_format(-x, fmt).tolist() == [-fmt.max] * 3
 
 
-def test_e4m3_overflow_is_decided_after_rounding():
-    x = torch.tensor([448.0, 464.0, torch.nextafter(torch.tensor(464.0), torch.tensor(500.0)), torch.inf])
-    expected = torch.tensor([448.0, 448.0, torch.nan, torch.nan])  # 464 is a tie, and 448 is even
-    assert_same(round_to_format(x, E4M3, saturate=False), expected)
-    assert_same(round_to_format(-x, E4M3, saturate=False), -expected)
-
-
-def test_e5m2_overflow_is_decided_after_rounding():
-    x = torch.tensor([57344.0, torch.nextafter(torch.tensor(61440.0), torch.tensor(0.0)), 61440.0, torch.inf])
-    expected = torch.tensor([57344.0, 57344.0, torch.inf, torch.inf])  # 61440 is a tie, and 57344 is odd
-    assert_same(round_to_format(x, E5M2, saturate=False), expected)
-    assert_same(round_to_format(-x, E5M2, saturate=False), -expected)
-
-
-@for_formats(FP8)
-def test_overflow_codes_are_those_of_inf_and_nan(fmt):
-    overflow = {E4M3: 0x7F, E5M2: 0x7C}[fmt]
-    codes = encode(torch.tensor([1e9, torch.inf]), fmt, saturate=False)
-    assert codes.tolist() == [overflow, overflow]
+@pytest.mark.parametrize("fmt, tie, after, beyond",
+                         [(E4M3, 464, 448, torch.nan), (E5M2, 61440, torch.inf, torch.inf)])
+def test_overflow_is_decided_after_rounding(fmt, tie, after, beyond):
+    """448 is even, so 464 stays; 57344 is odd, so 61440 overflows."""
+    near = [fmt.max, math.nextafter(tie, 0), tie, math.nextafter(tie, 1e9), torch.inf]
+    x = torch.tensor(near, dtype=torch.float64)
+    expected = torch.tensor([fmt.max, fmt.max, after, beyond, beyond], dtype=torch.float64)
+    assert_same(round_to_format(x, fmt, saturate=False), expected)
+    assert_same(round_to_format(-x, fmt, saturate=False), -expected)
+    assert (encode(x[-1:], fmt, saturate=False) == {E4M3: 0x7F, E5M2: 0x7C}[fmt]).all()
 
 
 @for_formats(NO_NAN)
@@ -385,7 +356,7 @@ def test_nan_stays_nan(fmt, rounding, saturate, device):
 @for_formats(ALL)
 @pytest.mark.parametrize("rounding", ["nearest_even", "half_away"])
 def test_zeros_and_what_rounds_to_zero_keep_their_sign(fmt, rounding, device):
-    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-45, -1e-45], device=device)  # the last two: float32 subnormals
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-45, -1e-45], device=device)  # 1e-45: a float32 subnormal
     assert_same(round_to_format(x, fmt, rounding), torch.tensor([0.0, -0.0] * 3, device=device))
 
 
@@ -400,7 +371,6 @@ def test_int8_has_one_zero():
 
 # ---------------------------------------------------------------------------------------------------
 # The fast path, arguments, shapes, and the script
-
 
 @for_devices
 @for_dtypes([torch.float32, torch.float64])
@@ -421,20 +391,16 @@ def test_cast_names_the_alternative_where_torch_has_no_dtype(fmt):
         cast(torch.ones(1), fmt)
 
 
-def test_an_unknown_rounding_is_refused():
-    with pytest.raises(ValueError, match="nearest_even"):
-        round_to_format(torch.ones(1), E4M3, rounding="down")
-
-
-@pytest.mark.parametrize("function", [lambda x: round_to_format(x, E4M3), lambda x: encode(x, E4M3), floor_log2])
-def test_integer_tensors_are_refused(function):
-    with pytest.raises(TypeError, match="int64"):
-        function(torch.tensor([1, 2, 3]))
-
-
-def test_decode_takes_uint8_only():
-    with pytest.raises(TypeError, match="uint8"):
-        decode(torch.tensor([1, 2, 3]), E4M3)
+@pytest.mark.parametrize("error, match, call", [
+    (ValueError, "nearest_even", lambda: round_to_format(torch.ones(1), E4M3, rounding="down")),
+    (TypeError, "int64", lambda: round_to_format(torch.tensor([1, 2, 3]), E4M3)),
+    (TypeError, "int64", lambda: encode(torch.tensor([1, 2, 3]), E4M3)),
+    (TypeError, "int64", lambda: floor_log2(torch.tensor([1, 2, 3]))),
+    (TypeError, "uint8", lambda: decode(torch.tensor([1, 2, 3]), E4M3)),
+    (TypeError, "float8_e4m3fn or float8_e5m2.*float32", lambda: fp8_formats.format_of(torch.zeros(2)))])
+def test_unknown_roundings_and_wrong_dtypes_are_refused(error, match, call):
+    with pytest.raises(error, match=match):
+        call()
 
 
 SHAPED = {
@@ -490,3 +456,29 @@ def test_uncast_gives_the_bits_that_torch_gives_for_every_code_in_any_layout(fmt
         assert mine.shape == theirs.shape and mine.dtype == torch.float32
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert torch.equal(mine.nan_to_num(0).view(torch.int32), theirs.nan_to_num(0).view(torch.int32))
+
+
+def test_rounding_takes_no_part_in_a_gradient():
+    x = torch.randn(9, requires_grad=True)
+    made = round_to_format(x, INT8), cast(x, E5M2), uncast(cast(x, E4M3)), decode(encode(x, E4M3), E4M3)
+    assert not any(values.requires_grad for values in made)
+
+
+def test_format_of_fp8_data_is_that_of_its_dtype():
+    assert [fp8_formats.format_of(torch.zeros(2).to(fmt.dtype)) for fmt in FP8] == FP8
+
+
+def test_default_device_and_dtype_change_nothing_on_a_cpu():
+    def run():
+        q = torch.tensor([1.5, -0.0, 3e-3, float("nan")], device="cpu", dtype=torch.float32).to(E4M3.dtype)
+        return [grid(E5M2), uncast(q), decode(q.view(torch.uint8), E4M3), torch.tensor(
+            fp8_formats.relative_error(E4M3, 3), device="cpu", dtype=torch.float32)]
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for actual, other in zip(made, expected, strict=True):
+        assert_same(actual, other)
