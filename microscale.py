@@ -80,7 +80,8 @@ class Quantized:
     global_scale: torch.Tensor = None
 
     def __post_init__(self):
-        expected, outer = scale_shape(self.data.shape, self.block), self.global_scale
+        expected = scale_shape(self.data.shape, self.block) if self.data.dim() == 2 else "of a matrix"
+        outer = self.global_scale
         outer_fits = outer is None or outer.shape in ((), (1, 1), (len(self.data), 1))
         if self.scale.shape != expected or not outer_fits:
             raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}; "
