@@ -90,11 +90,6 @@ def kernel_can_scale(a, b):
 
 def check_product(a, b, out_dtype, add, out):
     """Raise ValueError for what the kernel cannot multiply, on every device: what runs on one runs on all."""
-    for name, q in (("A", a), ("B", b)):
-        scales = tuple(1 if n == ALL else cdiv(size, n) for n, size in zip(q.block, q.data.shape))
-        if q.data.dim() != 2 or q.scale.shape != scales:
-            raise ValueError(f"{name} has shape {tuple(q.data.shape)} and scales {tuple(q.scale.shape)}: "
-                             f"quantize a matrix, with a scale for each block of {q.block}")
     (M, K), (N, K_b) = a.data.shape, b.data.shape
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "

@@ -1,8 +1,7 @@
 """
 Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one scale per token is left.
 
-    $ python microscale.py                    # what each recipe keeps of a tensor; on a GPU also its kernels
-    $ python microscale.py --plot sqnr.png    # the first table as a picture (needs matplotlib)
+    $ python microscale.py    # what each recipe keeps of a tensor; on a GPU also the time of each kernel
 
 A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis that a
 matrix product will sum over. Words that all files use:
@@ -41,7 +40,7 @@ Two observations reduce them to one power of two per token:
   - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
     no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
-import argparse
+import argparse   # its source is the text that a small transformer learns below
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +49,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, format_of, picture, pow2, round_to_format, uncast
+from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, format_of, pow2, round_to_format, uncast
 
 try:
     import triton
@@ -80,7 +79,8 @@ class Quantized:
     global_scale: torch.Tensor = None
 
     def __post_init__(self):
-        expected, outer = scale_shape(self.data.shape, self.block), self.global_scale
+        expected = scale_shape(self.data.shape, self.block) if self.data.dim() == 2 else "of a matrix"
+        outer = self.global_scale
         outer_fits = outer is None or outer.shape in ((), (1, 1), (len(self.data), 1))
         if self.scale.shape != expected or not outer_fits:
             raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}; "
@@ -901,18 +901,6 @@ Folding changes values of some 2^-14 of their row's maximum or less, few but in 
    real tensors. Powers of two share one grid, and so does moved, in FP8; tokens 10^4 smaller lose bits.""")]
 
 
-def plot_sqnr(data, path):
-    names = [name.replace(" of ", "\n") for name in data]
-    title = "Bars: of the tensor. Dots: mean over groups of 32"
-    with picture(path, xticks=range(len(data)), xticklabels=names, ylim=(20, 38), title=title,
-                 ylabel="SQNR of E4M3, dB") as axes:
-        for i, name in enumerate(("tensor", "group", "mx", "moss")):
-            pairs = [(x, QUANTIZERS[name](x).dequantize()) for x in data.values()]
-            bars = torch.arange(len(data)) + 0.2 * i - 0.3
-            axes.bar(bars, [sqnr(*pair) for pair in pairs], width=0.2, label=name)
-            axes.plot(bars, [sqnr(*pair, group=32) for pair in pairs], "o", color="#808080", mec="w")
-
-
 def show_bandwidth(T=16384, d=4096, ffn=11008):
     """Print the time of every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
     from triton.testing import do_bench
@@ -942,17 +930,12 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Scales of every recipe, and what they keep of a tensor.")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw table 1 for the real tensors")
-    args = parser.parse_args()
     torch.set_num_threads(1)  # the operations here are small; on a busy machine more threads only wait
-    real = real_data()
+    data = synthetic_data() | real_data()
     for title, columns, reading in TABLES:
         print(f"{title}\n\n   {'':22}" + "".join(f"{name:>13}" for name in columns))
-        for name, x in (synthetic_data() | real).items():
+        for name, x in data.items():
             print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
         print(f"-> {reading}\n")
     if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
         show_bandwidth()
-    if args.plot:
-        plot_sqnr(real, args.plot)

@@ -120,12 +120,15 @@ class Linear(nn.Module):
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
-        self.copies, self.made_of = copies, (self.weight, self.weight.data_ptr(), self.weight._version)
+        w = self.weight   # w.detach() keeps the memory, so that no later weight gets its address
+        self.copies, self.made_of = copies, (w, w.detach(), w._version)
 
     def is_current(self):
         """Return whether the copies are there, and were made of the weight as it is now."""
-        w = self.weight
-        return self.copies is not None and self.made_of[0] is w and self.made_of[1:] == (w.data_ptr(), w._version)
+        if self.copies is None:
+            return False
+        w, memory, version = self.made_of
+        return w is self.weight and w.data_ptr() == memory.data_ptr() and w._version == version
 
     @torch.compiler.disable
     def current_copies(self):

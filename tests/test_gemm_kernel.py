@@ -135,10 +135,6 @@ def zeros(*shape, block=(ALL, ALL), scales=(1, 1)):
 REFUSED = {  # message: what `matmul` gets in place of an A of (16, 64), with a B of (32, 64)
     r"K = 32 and 64: both must be the same": lambda: {"a": zeros(16, 32)},
     r"K = 24 and 24.*multiple of 16; pad them": lambda: {"a": zeros(16, 24), "b": zeros(32, 24)},
-    r"A has shape \(64,\).*quantize a matrix": lambda: {"a": zeros(64)},
-    r"A has shape \(2, 8, 64\).*quantize a matrix": lambda: {"a": zeros(2, 8, 64)},
-    r"scales \(1, 1\).*each block of \(1, -1\)": lambda: {"a": zeros(16, 64, block=(1, ALL))},
-    r"scales \(8, 2\).*block of \(1, 32\)": lambda: {"a": zeros(16, 64, block=(1, 32), scales=(8, 2))},
     r"shape \(32, 16\).*contiguous \(16, 32\)": lambda: {"add": torch.zeros(32, 16)},
     r"shape \(32,\).*contiguous \(16, 32\)": lambda: {"add": torch.zeros(32)},
     r"shape \(16, 16\).*contiguous \(16, 32\)": lambda: {"out": torch.zeros(16, 16)},

@@ -866,6 +866,7 @@ REFUSED = {   # each names the value and what it has to be
     "cos": (lambda: ms.rope_(Z, TABLE[:1], TABLE), r"cos has .*\(1, 8\).*\(4, 8\)"),
     "sin": (lambda: ms.rope_backward(Z, Z, Z, TABLE, TABLE[:, :1]), r"sin has .*\(4, 1\).*\(4, 8\)"),
     "dv": (lambda: ms.rope_backward(Z, Z, Z[:, :, 1:], TABLE, TABLE), r"dv has .*\(2, 4, 3, 16\)"),
+    "a row": (lambda: ms.Quantized(torch.zeros(64).to(E4M3.dtype), torch.ones(1, 1), (ALL, ALL)), "of a matrix"),
     "blocks": (lambda: in_blocks((1, 32), (1, 1)), r"\(4, 64\) in blocks \(1, 32\) need scales \(4, 2\)"),
     "global scale": (lambda: in_blocks((1, ALL), (4, 1), outer=torch.ones(2)), "global scale is"),
     "fold": (lambda: ms.fold(in_blocks((2, 32), (2, 2))), r"blocks \(2, 32\) span rows"),

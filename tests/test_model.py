@@ -564,7 +564,8 @@ def test_fp8_copies_of_a_weight_that_has_changed_are_refused(way, fp8):
 def test_a_model_that_is_compiled_whole_refuses_them_too():
     model = make(fp8="moss")
     compiled = torch.compile(model, backend="eager")
-    assert torch.equal(compiled(tokens()), model(tokens()))
+    # on a GPU the model compiles norms itself, which this backend does not: they round once more
+    torch.testing.assert_close(compiled(tokens()), model(tokens()), rtol=0, atol=0 if DEVICE == "cpu" else 1e-2)
     nn.init.ones_(model.blocks[1].out.weight)
     with pytest.raises(RuntimeError, match="requantize"):
         compiled(tokens())
