@@ -1,10 +1,11 @@
 """
-What train.py promises: same data and start for every recipe, resume bit for bit, no NaN in a weight, errors in a line.
+What train.py promises: one start and the same data for all recipes, resume bit for bit, no NaN in a weight,
+and mistakes said in a line.
 
     $ python -m pytest tests/test_train.py
 
-The runs are tiny: nano with one block, 16 tokens x 2 sequences, a few steps. They run in this process. Several
-ranks are copies of it (`on_ranks`). What needs a process of its own runs beside the tests (BESIDE, conftest.py).
+The runs are tiny: nano with one block, 16 tokens x 2 sequences, a few steps. They run in this process. Ranks
+are copies of it (`on_ranks`). What needs another process runs beside the tests (BESIDE, conftest.py).
 """
 
 import copy
@@ -64,7 +65,7 @@ def quick(monkeypatch):
 
 
 def tiny_in(folder):
-    """Return a function that gives the command line of a short run. Of an option given twice the later counts."""
+    """Return a function that gives the command line of a short run. The later of equal options counts."""
     (folder / "text.txt").write_text(TEXT)
 
     def command(more="", out="out"):
@@ -119,8 +120,8 @@ def checkpoint(out):
     """Return {"parameters", "scales", and what the manifest says} of the newest whole checkpoint."""
     saved = train.newest_checkpoint(out, ONE)
     parts = [torch.load(saved["path"] / name, weights_only=True) for name in saved["files"]]
-    return {**saved, "parameters": {name: kept for part in parts for name, kept in part["parameters"].items()},
-            "scales": next((part["scales"] for part in parts if part["scales"]), None)}
+    parameters = {name: kept for part in parts for name, kept in part["parameters"].items()}
+    return {**saved, "parameters": parameters, "scales": parts[0]["scales"]}
 
 
 def weights(out):
@@ -164,7 +165,7 @@ def before_call(monkeypatch, owner, name, action):
 
 def do_at_step(monkeypatch, step, action):
     """Call `action` as the data of optimizer step `step`, from 0, are read (once: for --accum 1)."""
-    before_call(monkeypatch, train.Batches, "step", lambda self, number, *_: action() if number == step else None)
+    before_call(monkeypatch, train.Batches, "step", lambda _, number, *__: number == step and action())
 
 
 def save_at_once(monkeypatch):
@@ -218,7 +219,7 @@ def interrupted(command, step, monkeypatch):
 
 @for_recipes
 def test_every_recipe_learns_on_a_cpu(recipe, tiny):
-    summary = run(tiny(f"--fp8 {recipe} --layers 2 --seq 32 --batch 4 --steps 30 --eval_every 30 --log_every 30"))
+    summary = run(tiny(f"--fp8 {recipe} --layers 2 --seq 32 --batch 4 --steps 30 --eval_every 30"))
     # Ignorance is ln 256 = 5.5, letter frequencies alone give 3.0; measured 0.5 to 0.7 for all recipes.
     assert summary["val_loss"] < 1.5
     assert summary["recipe"] == recipe and summary["steps"] == 30 and summary["skipped_steps"] == 0
@@ -232,7 +233,7 @@ def train_py(folder, more="", code=None, **options):
 
 
 def train_without_triton(folder):
-    return train_py(folder, code="import sys; sys.modules['triton'] = None; import train; sys.exit(train.main())")
+    return train_py(folder, "", "import sys; sys.modules['triton'] = None; import train; exit(train.main())")
 
 
 def test_moss_trains_where_triton_cannot_be_installed(beside):
@@ -284,7 +285,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order():
 def test_steps_go_on_where_the_step_before_ended_however_they_are_cut():
     tokens, starts = own_source().tokens, own_source().start
     expected = torch.stack([torch.from_numpy(tokens.read(starts(i), 17)) for i in range(8)])
-    for batch, accum in ((2, 2), (4, 1), (1, 4)):   # half the batch and twice the accumulation is the same step
+    for batch, accum in ((2, 2), (4, 1), (1, 4)):   # half the batch, twice the accumulation
         batches = own_source(batch=batch, accum=accum)
         for part, first in ((0, 0), (1, 1)):   # inputs, and targets: the tokens one place further
             seen = [batches.step(step, micro, CPU)[part] for step in (0, 1) for micro in range(accum)]
@@ -358,7 +359,7 @@ def start_copy(job, rank=None, world=1, port=0, printed=os.devnull):
         code, sys.stdout = 99, open(printed, "w", buffering=1)
         sys.stderr, train.sample = sys.stdout, lambda *_: ""
         if rank is not None:
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         try:
             code = job()
             if code == 0 and train.dist.is_initialized():
@@ -375,7 +376,8 @@ def start_copy(job, rank=None, world=1, port=0, printed=os.devnull):
 def on_ranks(world, job, folder):
     """Call job(rank) in `world` copies of this process. Return their exit codes and what each printed."""
     port, printed = free_port(), [folder / f"rank_{rank}.printed" for rank in range(world)]
-    pids = [start_copy(functools.partial(job, rank), rank, world, port, printed[rank]) for rank in range(world)]
+    pids = [start_copy(functools.partial(job, rank), rank, world, port, printed[rank])
+            for rank in range(world)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return codes, [path.read_text() for path in printed]
 
@@ -417,8 +419,8 @@ def two_ranks(request, tmp_path_factory):
 
 
 def test_two_ranks_train_the_same_weights_as_one_and_write_one_log(two_ranks):
-    # Bit for bit: two micro-batches leave one addition, whose order does not matter, and halving is exact. (From
-    # four on, the sums are taken in another order, and Adam makes large updates of tiny differences.)
+    # Bit for bit: two micro-batches leave one addition, whose order does not matter, and halving is exact.
+    # (From four on, the order of the sums differs, and Adam makes large updates of tiny differences.)
     folder, command = two_ranks
     run([*command, "--out", str(folder / "one")])
     assert same_state(folder / "one", folder / "two")
@@ -445,7 +447,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks_bit_for_bit(writers, shard,
         shutil.copytree(tmp_path / "written", tmp_path / "read")
 
         def read_and_write(rank):
-            train.update_weights = lambda *_: None   # so that the next checkpoint holds what was read of this one
+            train.update_weights = lambda *_: None   # the next checkpoint holds what was read
             return train.main(tiny(f"{more} --steps 3 --resume{shard}", "read"))
         codes, printed = on_ranks(readers, read_and_write, tmp_path)
         assert codes == [0] * readers, printed
@@ -486,7 +488,7 @@ def test_two_ranks_train_a_partly_frozen_model_as_one_does(which, recipe, tiny, 
 def test_ranks_with_other_options_or_other_data_are_stopped(tiny, tmp_path):
     for name, text in (("copy.txt", TEXT), ("other.txt", 2 * TEXT)):
         (tmp_path / name).write_text(text)
-    for more, code in (("--lr 1", 1), (f"--data {tmp_path / 'other.txt'}", 1), (f"--data {tmp_path / 'copy.txt'}", 0)):
+    for more, code in ("--lr 1", 1), (f"--data {tmp_path}/other.txt", 1), (f"--data {tmp_path}/copy.txt", 0):
         codes, printed = on_ranks(2, lambda rank: train.main(
             tiny("--accum 2 --eval_batches 2 " + more * rank)), tmp_path)
         assert codes == [code] * 2 and ("different options or data" in printed[0]) == bool(code), printed
@@ -505,14 +507,6 @@ def test_ranks_that_disagree_are_stopped(part, error, tiny, tmp_path, monkeypatc
         run(go_on(tmp_path / "out"))
 
 
-def test_a_rank_that_owns_no_scale_has_no_health_to_add():
-    c = config(fp8="moss")
-    net = train.make_model(c, CPU)
-    scales = train.make_scales(net, train.make_optimizer(net, c), c)
-    health = train.scale_health(net, scales, SimpleNamespace(mine=lambda p: False))
-    assert health["scale_ratio"] == -math.inf and health["scale_ratio_min"] == math.inf
-
-
 def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
     shards = []
     for rank in range(4):
@@ -529,7 +523,7 @@ def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
 def test_scales_are_measured_on_all_ranks_if_a_weight_of_one_exceeds_them(tiny, tmp_path, monkeypatch):
     interrupted(tiny("--fp8 moss"), 1, monkeypatch)
     rescaled = []
-    monkeypatch.setattr(train, "all_reduce", lambda tensor, op=None: tensor if op is None else tensor.new_tensor(-0.9))
+    monkeypatch.setattr(train, "all_reduce", lambda x, op=None: x if op is None else x.new_tensor(-0.9))
     before_call(monkeypatch, train.WeightScales, "rescale", lambda self: rescaled.append(len(rescaled)))
     run(go_on(tmp_path / "out"))
     assert rescaled == [0, 1]   # at the start, as always, and then because of another rank
@@ -548,7 +542,7 @@ def test_micro_batches_that_ranks_cannot_share_are_refused_with_a_number_that_wo
 
 
 def killed_under_torchrun(folder):
-    """Return (folder, command line, torchrun's end) of a run on two ranks, one of which is killed at its step 6."""
+    """Return (folder, command line, end) of a run of torchrun on two ranks. One is killed at its step 6."""
     (folder / "script.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -566,16 +560,18 @@ train.dist.destroy_process_group()
 sys.exit(code)
 """)
     command = tiny_in(folder)("--fp8 moss --accum 2 --steps 8 --eval_batches 2 --resume")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv_backend",
-                "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", str(folder / "script.py")]
-    return folder, command, subprocess.run([sys.executable, *torchrun, *command], env=ENVIRONMENT, timeout=120,
-                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "3",
+                "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"]
+    done = subprocess.run([sys.executable, *torchrun, str(folder / "script.py"), *command], env=ENVIRONMENT,
+                          timeout=60, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return folder, command, done
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_of_it_shows_in_the_weights(beside):
     folder, command, done = beside["test_torchrun_restarts_a_run"].result()
     assert done.returncode == 0 and done.stdout.count("the run begins") == 1, done.stdout
-    assert len(re.findall("resumed .*/step_0000000[246]", done.stdout)) == 1 and not (folder / "out.1").exists()
+    assert len(re.findall("resumed .*/step_0000000[246]", done.stdout)) == 1   # the second start goes well
+    assert "failed to connect" not in done.stdout and not (folder / "out.1").exists()
     run([*command, "--out", str(folder / "whole")])
     assert same_state(folder / "out", folder / "whole")
 
@@ -587,7 +583,7 @@ def test_a_restart_without_resume_does_not_go_on_with_an_earlier_run(tiny, tmp_p
     assert steps_in(tmp_path / "out.1") == steps_in(tmp_path / "out") == [2]
 
 
-# What a GPU computes in an order of its own is put into a fixed one, so that runs can be compared bit for bit.
+# What a GPU computes in an order of its own gets a fixed one, so that runs can be compared bit for bit.
 ON_GPUS = """
 import os, sys
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -625,7 +621,7 @@ sys.exit(code)
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("recipe", ["none", "moss", "moss --shard"])
-def test_two_gpus_train_the_same_weights_as_one_that_rounds_gradients_to_bf16_as_they_do(recipe, tiny, tmp_path):
+def test_two_gpus_train_the_same_weights_as_one_that_sends_gradients_in_bf16(recipe, tiny, tmp_path):
     (tmp_path / "script.py").write_text(ON_GPUS.format(root=str(ROOT)))
     more = (f"--device cuda --eager --seq 64 --accum 2 --steps 3 --eval_every 3 --eval_batches 2 "
             f"--rescale_interval 2 --fp8 {recipe}")
@@ -638,7 +634,8 @@ def test_two_gpus_train_the_same_weights_as_one_that_rounds_gradients_to_bf16_as
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("first, then", [("moss", "none"), ("none", "moss"), ("tensor", "moss"), ("moss", "moss")])
+@pytest.mark.parametrize("first, then", [("moss", "none"), ("none", "moss"), ("tensor", "moss"),
+                                         ("moss", "moss")])
 def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_path, monkeypatch):
     interrupted(tiny(f"--device cuda --fp8 {first}"), 2, monkeypatch)
     summary = run(tiny(f"--device cuda --fp8 {then} --resume"))
@@ -654,9 +651,9 @@ def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_p
 ERRORS = {   # of the run: what the one line on stderr says
     RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39127. And so on."):
         ["another rank is gone", "--max-restarts with --resume"],
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB."):
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB."):
         ["CUDA out of memory: halve --batch and double --accum"],
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: you tried"):
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"):
         ["halve --batch and double --accum"],
     MemoryError(): ["out of memory: halve --batch and double --accum"],
     OSError(errno.ESTALE, "Stale file handle", "tokens.bin"): ["Stale file handle: 'tokens.bin'"]}
@@ -717,7 +714,7 @@ SIGNALS = {   # when: (in which method of the model, which signal, exit code, wh
 
 
 def signal_in(name, folder):
-    """Run train.py as a process that a signal reaches in each call of a method, and that can print ASCII alone."""
+    """Run train.py as a process that a signal reaches in each call of a method. It prints ASCII alone."""
     method, number, *_ = SIGNALS[name]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
     return train_py(folder, f"--fp8 none --out {folder}/größer", f"""
@@ -743,7 +740,7 @@ def test_a_signal_at_any_time_is_no_error_and_what_was_printed_is_there(name, be
 def test_a_signal_lets_the_step_finish_saves_and_exits_0(step, tiny, tmp_path, monkeypatch, capsys):
     do_at_step(monkeypatch, step, train.on_signal)
     last = said(tiny("--fp8 none --steps 6 --log_every 6 --eval_every 6"), capsys).out.splitlines()[-1]
-    assert steps_in(tmp_path / "out") == [record["step"] for record in read_log(tmp_path / "out")] == [step + 1]
+    assert steps_in(tmp_path / "out") == [r["step"] for r in read_log(tmp_path / "out")] == [step + 1]
     assert f"stopped by a signal; {newest(tmp_path / 'out')} is the last good" in last
     assert last.endswith(f"go on with --resume --out {tmp_path / 'out'}")
 
@@ -751,11 +748,6 @@ def test_a_signal_lets_the_step_finish_saves_and_exits_0(step, tiny, tmp_path, m
 def test_a_signal_during_the_first_evaluation_is_heard_too(tiny, tmp_path, monkeypatch):
     before_call(monkeypatch, train, "evaluate", train.on_signal)
     assert run(tiny("--fp8 none")) is None and steps_in(tmp_path / "out") == [1]
-
-
-def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tiny, tmp_path, monkeypatch):
-    before_call(monkeypatch, train.Saver, "finish", train.on_signal)
-    assert run(tiny("--fp8 none --eval_every 4"))["steps"] == 4 and steps_in(tmp_path / "out") == [4]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -781,8 +773,9 @@ def test_skipped_steps_survive_a_resume(tiny, tmp_path, monkeypatch):
     assert (progress["step"], progress["updates"], progress["skipped"]) == (6, 5, 1)
 
 
-UNUSUAL = ("--fp8 tensor --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --beta2 0.9 --clip 2 --rescale_interval 7 "
-           "--spike 50 --max_skips 4 --log_every 3 --eval_every 1 --eval_batches 3 --keep 3 --seed 5 --recompute block")
+UNUSUAL = ("--fp8 tensor --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --beta2 0.9 --clip 2 --keep 3 "
+           "--seed 5 --rescale_interval 7 --spike 50 --max_skips 4 --log_every 3 --eval_every 1 --eval_batches 3 "
+           "--recompute block")
 
 
 def test_resume_takes_every_option_of_the_run_that_is_not_given_and_says_what_is(tiny, tmp_path, capsys):
@@ -809,8 +802,7 @@ def rewrite(path, change):
     (path / "manifest.json").write_text(json.dumps({"checksum": checksum, "content": content}))
 
 
-def test_options_that_a_fork_removed_are_said_and_those_that_it_added_get_their_default(tiny, tmp_path, monkeypatch,
-                                                                                        capsys):
+def test_a_fork_may_have_removed_and_added_options(tiny, tmp_path, monkeypatch, capsys):
     interrupted(tiny("--fp8 none --spike 7"), 1, monkeypatch)
     rewrite(newest(tmp_path / "out"), lambda content: (content["config"].update(dropout=0.1),
                                                        content["config"].pop("spike")))
@@ -825,7 +817,8 @@ def test_what_a_run_switched_on_can_be_switched_off_again(mode, tiny, tmp_path, 
 
 
 def test_resume_without_a_checkpoint_begins_a_run_and_says_so(tiny, tmp_path, capsys):
-    assert "the run begins" in said(tiny("--fp8 none --resume"), capsys).out and steps_in(tmp_path / "out") == [4, 2]
+    assert "the run begins" in said(tiny("--fp8 none --resume"), capsys).out
+    assert steps_in(tmp_path / "out") == [4, 2]
 
 
 def test_resume_of_a_run_that_is_done_changes_nothing(tiny, tmp_path, capsys):
@@ -837,7 +830,8 @@ def test_resume_of_a_run_that_is_done_changes_nothing(tiny, tmp_path, capsys):
 
 def test_a_checkpoint_goes_on_under_another_recipe_and_says_so(tiny, tmp_path, monkeypatch, capsys):
     interrupted(tiny("--fp8 none"), 2, monkeypatch)
-    assert "--fp8 was none and is now moss" in said(go_on(tmp_path / "out", "--resume --fp8 moss"), capsys).out
+    command = go_on(tmp_path / "out", "--resume --fp8 moss")
+    assert "--fp8 was none and is now moss" in said(command, capsys).out
     assert checkpoint(tmp_path / "out")["scales"]["scale"].shape == (LAYERS,)
 
 
@@ -876,7 +870,8 @@ def test_losses_on_other_validation_data_are_no_rivals(more, tiny, tmp_path, mon
 def test_resume_of_another_model_is_refused(tiny, tmp_path, monkeypatch, capsys):
     run(tiny("--fp8 none --steps 1"))
     monkeypatch.setitem(train.PRESETS, "nano", dataclasses.replace(PRESETS["nano"], ffn=256))
-    assert_refused(go_on(tmp_path / "out", "--resume --steps 2"), ["ffn = 384", "ffn = 256", "--model"], tmp_path, capsys)
+    command = go_on(tmp_path / "out", "--resume --steps 2")
+    assert_refused(command, ["ffn = 384", "ffn = 256", "--model"], tmp_path, capsys)
 
 
 def test_after_a_crash_and_a_resume_the_log_has_every_step_once(tiny, tmp_path, monkeypatch):
@@ -889,9 +884,9 @@ def test_after_a_crash_and_a_resume_the_log_has_every_step_once(tiny, tmp_path, 
     assert [record["step"] for record in read_log(tmp_path / "out")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", ['{"note": "lr lowered"}', "not JSON", "[1, 2]", "", '{"step": "third", "loss": "high"}',
-                                  '{"step": null}', "line breaks: \u2028 \x0c \x85 and more"])
-def test_a_line_of_the_users_stays_in_the_log_and_one_that_a_crash_cut_short_does_not(line, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", ['{"note": "lr lowered"}', "not JSON", "[1, 2]", "", '{"step": null}',
+                                  '{"step": "third", "loss": 1}', "line breaks: \u2028 \x0c \x85 and more"])
+def test_a_line_of_the_users_stays_in_the_log_and_one_cut_short_does_not(line, tiny, tmp_path, monkeypatch):
     interrupted(tiny("--fp8 none"), 1, monkeypatch)
     log = tmp_path / "out" / "log.jsonl"
     log.write_text(log.read_text() + line + '\n{"step": 2, "lo', encoding="utf-8")
@@ -912,7 +907,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tiny, tmp_path,
         save_at_once(patch)
         do_at_step(patch, 3, lambda: patch.setattr(torch, "save", full_disk))
         out, err = said(tiny("--fp8 none"), capsys, code=1)
-    for words in ("step 4 could not be written", "No space left on device", f"make room in {tmp_path / 'out'}",
+    for words in ("step 4 could not be written", "No space left on device", f"make room in {tmp_path}/out",
                   f"{newest(tmp_path / 'out')} is the last good"):
         assert words in out
     assert len(err.splitlines()) == 1 and "the last checkpoint is missing" in err
@@ -926,7 +921,7 @@ def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(victim, tiny
     def job(rank):
         calls = itertools.count()
         if rank == victim:
-            before_call(pytest.MonkeyPatch(), torch, "save", lambda *_: full_disk() if next(calls) == 0 else None)
+            before_call(pytest.MonkeyPatch(), torch, "save", lambda *_: next(calls) == 0 and full_disk())
         return train.main(tiny("--fp8 none --accum 2 --eval_batches 2"))
     codes, printed = on_ranks(2, job, tmp_path)
     assert codes == [0, 0] and "warning: the checkpoint of step 2 could not be written" in printed[0]
@@ -936,7 +931,8 @@ def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(victim, tiny
 def test_a_line_of_the_log_that_cannot_be_written_does_not_end_the_run(tiny, monkeypatch, capsys):
     full = SimpleNamespace(write=full_disk)
     before_call(monkeypatch, train.Log, "write", lambda self, record: setattr(self, "file", full))
-    assert "warning: step 4 is not in the log (No space left on device)" in said(tiny("--fp8 none"), capsys).out
+    printed = said(tiny("--fp8 none"), capsys).out
+    assert "warning: step 4 is not in the log (No space left on device)" in printed
 
 
 def test_a_run_keeps_the_last_checkpoints_and_the_best_that_was_written(tiny, tmp_path, monkeypatch):
@@ -958,8 +954,8 @@ def test_while_steps_are_skipped_no_checkpoint_is_written_and_none_removed(tiny,
     assert len({tuple(steps) for steps in folders[4:9]}) == 1
 
 
-@pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4), torch.arange(1000),
-                               torch.randn(1025, 1027).t()], ids=["transposed", "scalar", "empty", "integers", "large"])
+@pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4),
+                               torch.arange(1000), torch.randn(1025, 1027).t()], ids=lambda x: str(list(x.shape)))
 def test_what_is_saved_has_the_numbers_of_the_original_and_memory_of_its_own(x):
     before, copied = x.clone(), train.on_cpu({"x": x, "y": 1})
     x.zero_()   # the next step, while the file is being written
@@ -982,7 +978,7 @@ DAMAGE = {"a bit of the first rank's file": lambda path: flip(path / "rank_0.pt"
           "a missing file": lambda path: (path / "rank_1.pt").unlink(),
           "a missing manifest": lambda path: (path / "manifest.json").unlink(),
           "another program's manifest": lambda path: (path / "manifest.json").write_text('[{"files": 1}]'),
-          "a number as manifest": lambda path: (path / "manifest.json").write_text('{"content": 3, "checksum": 1}'),
+          "a number as manifest": lambda path: (path / "manifest.json").write_text('{"content": 3}'),
           "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
           "a file in place of the folder": lambda path: (shutil.rmtree(path), path.write_text("x")),
           "a name of a later step": lambda path: path.rename(path.with_name("step_00000009")),
@@ -1005,7 +1001,8 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_says_so(damage, two_che
     damaged, older = train.checkpoints(out)
     printed = said(go_on(out), capsys).out
     assert f"note: {damaged} is damaged" in printed and f"resumed {older}" in printed
-    assert steps_in(out) == [4, 2] and f"{damaged.name}.damaged" in printed and damaged.with_suffix(".damaged").exists()
+    assert f"is now called {damaged.name}.damaged" in printed and damaged.with_suffix(".damaged").exists()
+    assert steps_in(out) == [4, 2]
 
 
 def test_a_checkpoint_may_be_damaged_twice(tiny, tmp_path):
@@ -1030,7 +1027,7 @@ def test_where_no_checkpoint_is_whole_nothing_goes_on(mode, tiny, tmp_path, caps
 
 
 def reached(out):
-    """Return the newest step in a folder, after a look at every checkpoint: what has the name of one is whole."""
+    """Return the newest step in a folder in which all that looks like a checkpoint is whole."""
     for path in train.checkpoints(out):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "checkpoints", lambda _: [path])
@@ -1040,7 +1037,7 @@ def reached(out):
 
 @has_fork
 @pytest.mark.parametrize("world, kills", [(1, 20), (2, 8)])
-def test_kill_9_at_any_instant_loses_no_more_than_the_steps_since_the_last_checkpoint(world, kills, tiny, tmp_path):
+def test_kill_9_at_any_instant_loses_only_the_steps_since_the_last_checkpoint(world, kills, tiny, tmp_path):
     command, instants, steps = "--fp8 moss --steps 60 --accum 2 --eval_batches 2", random.Random(0), 0
     train_on(world, tiny(command, "whole"), tmp_path)
     for _ in range(kills):
@@ -1134,15 +1131,15 @@ BAD_DATA = {   # name of the file: (how it is made, what the line says)
     "odd.bin": (lambda p: p.write_bytes(b"x" * 1001), ["odd.bin", "1001 bytes", "uint16"]),
     "old.bin": (lambda p: write_shard(p, [1] * 999, version=7), ["old.bin", "version 1"]),
     "cut.bin": (lambda p: write_shard(p, [1] * 999, count=1000), ["cut.bin", "3022 bytes", "copy it again"]),
-    "header.bin": (lambda p: write_tokens(p, [20240520, 1, 9], np.int32), ["header.bin", "12 bytes", "shards"]),
-    "matrix.npy": (lambda p: np.save(p, np.zeros((9, 9), np.uint16)), ["matrix.npy", "(9, 9)", "one-dimensional"]),
-    "packed.npz": (lambda p: np.savez(p, np.zeros(999, np.uint16)), ["packed.npz", "holds no tokens", "zero bytes"]),
+    "header.bin": (lambda p: write_tokens(p, [20240520, 1, 9], np.int32), ["header.bin", "12 bytes"]),
+    "matrix.npy": (lambda p: np.save(p, np.zeros((9, 9), np.uint16)), ["matrix.npy", "(9, 9)"]),
+    "packed.npz": (lambda p: np.savez(p, np.zeros(999, np.uint16)), ["packed.npz", "zero bytes"]),
     "float.npy": (lambda p: np.save(p, np.zeros(999, np.float32)), ["float.npy", "float32", "integers"]),
     "garbage.npy": (lambda p: p.write_bytes(b"garbage" * 99), ["garbage.npy", "no .npy file", "numpy.save"]),
     "empty.npy": (lambda p: p.touch(), ["empty.npy", "no .npy file", "numpy.save"]),
     "cut.npy": (write_truncated, ["cut.npy", "no .npy file", "numpy.save"]),
-    "renamed.npy": (lambda p: np.savez(p.open("wb"), np.zeros(999)), ["renamed.npy", "no .npy file", "numpy.save"]),
-    "header.npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((\n"), ["header.npy", "no .npy"]),
+    "renamed.npy": (lambda p: np.savez(p.open("wb"), np.zeros(999)), ["renamed.npy", "no .npy file"]),
+    "header.npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\0\x10\0{'descr': (((((\n"), ["no .npy file"]),
     "two_kinds": (write_two_kinds, ["int32 and uint16", "one kind per folder"]),
 }
 
@@ -1192,7 +1189,8 @@ BAD_OPTIONS = {   # options: what the line says
     **{f"--{name} {value}": [f"--{name} {value}", "must lie between"] for name in OUT_OF_RANGE
        for value in OUT_OF_RANGE[name].split()},
 }
-BAD_OPTIONS["--lr 1e300"] = BAD_OPTIONS["--clip 1e300"] = BAD_OPTIONS["--weight_decay 1e300"] = ["e+300", "must lie"]
+for name in ("lr", "clip", "weight_decay"):   # Python writes it in another way
+    BAD_OPTIONS[f"--{name} 1e300"] = [f"--{name} 1e+300 must lie between"]
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
@@ -1211,9 +1209,9 @@ def test_an_empty_value_is_refused(name, tiny, tmp_path, earlier, capsys):
 MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench"]
 
 
-@pytest.mark.parametrize("options", ["--learning_rate 1", "--step 5", "--steps many", "--steps 1.5", "--steps",
-                                     *map(" ".join, itertools.combinations(MODES, 2))])
-def test_unknown_and_malformed_options_and_several_modes_are_refused(options, tiny, tmp_path, earlier, capsys):
+@pytest.mark.parametrize("options", ["--learning_rate 1", "--step 5", "--steps many", "--steps 1.5",
+                                     "--steps", *map(" ".join, itertools.combinations(MODES, 2))])
+def test_unknown_or_malformed_options_and_several_modes_are_refused(options, tiny, tmp_path, earlier, capsys):
     before = contents(tmp_path)
     with pytest.raises(SystemExit) as stop:
         train.main(tiny(options))
@@ -1239,9 +1237,9 @@ def read_data(path):
 
 
 def test_token_files_of_one_kind_are_read_together(tmp_path):
-    np.save(tmp_path / "corpus_train_1.npy", np.arange(1000, 2000, dtype=np.uint16))   # numpy's, nanoGPT's, llm.c's
-    write_tokens(tmp_path / "corpus_train_2.bin", range(2000, 3000))
-    write_shard(tmp_path / "corpus_train_3.bin", range(3000, 4000))
+    np.save(tmp_path / "corpus_train_1.npy", np.arange(1000, 2000, dtype=np.uint16))
+    write_tokens(tmp_path / "corpus_train_2.bin", range(2000, 3000))   # nanoGPT's
+    write_shard(tmp_path / "corpus_train_3.bin", range(3000, 4000))    # llm.c's
     write_shard(tmp_path / "corpus_val_0.bin", range(50000, 50100))
     assert read_data(tmp_path) == (list(range(1000, 4000)), list(range(50000, 50100)))
     assert train.open_data(tmp_path)[2] is None   # the files do not say the vocabulary: the preset does
@@ -1272,17 +1270,18 @@ def test_a_few_text_files_are_their_bytes_and_the_end_the_validation_data(count,
 def test_many_text_files_are_split_by_file_the_same_way_wherever_they_lie(tmp_path):
     for name in ("many", "copy"):
         write_texts(tmp_path / name, 200)
-    splits = [[{path.name for path, _, _ in tokens.files} for tokens in train.open_data(str(tmp_path / name))[:2]]
-              for name in ("many", "many", "copy")]
+    splits = [[{path.name for path, _, _ in tokens.files} for tokens in train.open_data(folder)[:2]]
+              for folder in (tmp_path / "many", tmp_path / "many", tmp_path / "copy")]
     assert splits[0] == splits[1] == splits[2]
     training, validation = splits[0]
     assert not training & validation and len(training | validation) == 200
-    assert 2 <= len(validation) <= 20   # a twentieth of 200 is 10; by a checksum, so give or take 3 deviations
+    assert 2 <= len(validation) <= 20   # a twentieth of 200 is 10, give or take 3 deviations
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "VAL", "Valid", "Validation"])
 def test_files_named_after_validation_are_the_validation_data(name, tmp_path):
-    for i, path in enumerate(("train.bin", "retrieval.bin", f"{name}.bin", f"shard_{name}_0.bin", f"{name}/x.bin")):
+    paths = "train.bin", "retrieval.bin", f"{name}.bin", f"shard_{name}_0.bin", f"{name}/x.bin"
+    for i, path in enumerate(paths):
         (tmp_path / "tokens" / path).parent.mkdir(parents=True, exist_ok=True)
         write_tokens(tmp_path / "tokens" / path, [i] * 10)
     for i, path in enumerate(("train.txt", "interval.txt", f"{name}.txt", name)):
@@ -1305,7 +1304,7 @@ def test_names_of_validation_data_mean_the_same_in_a_pattern_as_in_a_folder(tmp_
 @pytest.mark.parametrize("pattern", ["", "/**"])
 def test_what_is_hidden_binary_cached_or_of_a_run_is_no_text(pattern, tiny, tmp_path):
     run(tiny("--fp8 none --steps 1"))
-    for name in (".git/config", "__pycache__/a.txt", ".hidden.txt", "out/step_00000006.damaged/manifest.json"):
+    for name in (".git/config", "__pycache__/a.txt", ".hidden.txt", "out/step_00000006.damaged/a.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT)
     (tmp_path / "picture.png").write_bytes(b"\0" * 100)
@@ -1362,7 +1361,7 @@ def test_a_file_name_that_is_no_utf8_is_only_a_name(tiny, tmp_path):
 
 def test_read_across_files_is_a_slice_of_their_concatenation(tmp_path):
     files, everything = [], np.arange(16)
-    for i, (first, size) in enumerate(((0, 5), (5, 0), (5, 1), (6, 7), (13, 3))):   # windows that span three files
+    for i, (first, size) in enumerate(((0, 5), (5, 0), (5, 1), (6, 7), (13, 3))):   # windows span three
         files.append((tmp_path / f"{i}.bin", 0, size))
         write_tokens(files[-1][0], everything[first:first + size])
     whole, inner = train.Tokens(files, np.uint16), train.Tokens(files, np.uint16, 3, 10)
@@ -1402,7 +1401,8 @@ def test_the_default_corpus_is_pythons_own_source_split_by_file():
 def test_a_step_with_a_nan_gradient_is_skipped_and_counted(recipe, tiny, monkeypatch):
     poison_gradient(monkeypatch, {2})
     saved, seen = record_states(monkeypatch), []
-    before_call(monkeypatch, train, "forward_backward", lambda net, *_: seen.append(copy.deepcopy(net.state_dict())))
+    before_call(monkeypatch, train, "forward_backward", lambda net, *_: seen.append(
+        copy.deepcopy(net.state_dict())))
     assert run(tiny(f"--fp8 {recipe} --eval_every 1"))["skipped_steps"] == 1
     assert [same(a, b) for a, b in zip(seen, seen[1:])] == [False, False, True]   # before steps 1 to 4
     assert [(s["step"], s["updates"], s["skipped"]) for s in saved] == [(1, 1, 0), (2, 2, 0), (4, 3, 1)]
@@ -1410,7 +1410,7 @@ def test_a_step_with_a_nan_gradient_is_skipped_and_counted(recipe, tiny, monkeyp
 
 def test_an_infinite_loss_is_skipped_too(tiny, monkeypatch):
     original, calls, states = Transformer.forward, itertools.count(), record_states(monkeypatch)
-    monkeypatch.setattr(Transformer, "forward", lambda self, *a: (   # call 0 is the evaluation before the first step
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a: (   # call 0 is the first evaluation
         original(self, *a) * (math.inf if next(calls) == 1 else 1)))
     assert run(tiny("--fp8 none"))["skipped_steps"] == 1
     assert all(kept["weight"].isfinite().all() for kept in states[-1]["parameters"].values())
@@ -1437,10 +1437,11 @@ def test_skips_that_are_not_in_a_row_do_not_stop_the_run(tiny, monkeypatch):
 def test_a_run_whose_outputs_stay_nan_stops_and_names_the_layer(tiny, monkeypatch, capsys):
     on_model(monkeypatch, lambda net: net.blocks[0].down.register_forward_hook(lambda _, __, y: y * math.nan))
     err = said(tiny("--fp8 mx --max_skips 3"), capsys, code=1).err
-    assert "error: 3 steps in a row" in err and "the output of blocks.0.down" in err and "nothing was saved yet" in err
+    for words in ("error: 3 steps in a row", "the output of blocks.0.down", "nothing was saved yet"):
+        assert words in err
 
 
-def test_a_run_whose_gradients_stay_nan_names_the_layer_and_its_last_good_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_gradients_stay_nan_names_layer_and_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
     poison_gradient(monkeypatch, range(2, 10**6))
     err = said(tiny("--fp8 none --steps 9 --max_skips 3"), capsys, code=1).err
     assert len(err.splitlines()) == 1 and "the gradient of blocks.0.down.weight" in err
@@ -1495,7 +1496,7 @@ def test_the_log_has_a_json_object_per_line(tiny, tmp_path, monkeypatch):
                                 (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 3, 4, 6]
     assert [record["step"] for record in records if "val_loss" in record] == [3, 6]
-    assert all({"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"} <= record.keys() for record in records)
+    assert all({"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"} <= r.keys() for r in records)
     assert first["config"]["seed"] == 7 and first["command"] and first["torch"] == torch.__version__
     assert first["hardware"] == f"1 x {os.cpu_count()} CPU cores" and not any("config" in r for r in others)
     assert summary["train_loss"] == round(others[-1]["loss"], 4) and summary["tokens"] == 6 * 2 * 16
@@ -1506,22 +1507,22 @@ def test_the_log_shows_how_healthy_the_scales_of_moss_are(tiny, tmp_path):
     run(tiny("--fp8 moss --steps 6 --rescale_interval 4"))
     records = {record["step"]: record for record in read_log(tmp_path / "out")}
     for record in records.values():
-        assert record["scale_ratio"] >= record["scale_ratio_min"] >= 1   # no weight outgrows its predicted scale
+        assert record["scale_ratio"] >= record["scale_ratio_min"] >= 1   # no weight outgrows its scale
         assert record["saturated"] == record["saturated_grad"] == 0      # rule "up": nothing is cut off
         assert 0 <= record["folded"] < 0.05                              # measured 0.0003 to 0.001
         assert 0 <= record["folded_grad"] < 0.2 and 0 <= record["folded_wgrad"] < 0.2
     ratio = [None, *(records[step]["scale_ratio"] for step in range(1, 7))]
-    assert ratio[1] == ratio[5] == 1 and ratio[4] > ratio[3] > ratio[2] > 1   # seen before the update of the step
+    assert ratio[1] == ratio[5] == 1 and ratio[4] > ratio[3] > ratio[2] > 1   # before the update
 
 
 @for_recipes
-def test_each_recipe_logs_what_it_can_lose_and_quantizes_weights_once_per_step(recipe, tiny, tmp_path, monkeypatch):
+def test_recipes_log_what_they_can_lose_and_quantize_weights_once_a_step(recipe, tiny, tmp_path, monkeypatch):
     weights, folds = [], []
     before_call(monkeypatch, model, "quantize_weight", lambda *_: weights.append(1))
     before_call(monkeypatch, model, "fold_loss", lambda *_: folds.append(1))
     run(tiny(f"--fp8 {recipe} --accum 3 --steps 4 --log_every 2 --eval_every 1"))
     assert len(weights) == (0 if recipe == "none" else (1 + 4) * LAYERS)   # at the start, and after each step
-    assert len(folds) == (2 * LAYERS * 2 if recipe == "moss" else 0)   # X and dY of one micro-batch a logged step
+    assert len(folds) == (2 * LAYERS * 2 if recipe == "moss" else 0)   # X and dY, once a logged step
     expected = {"saturated", "saturated_grad"} if recipe != "none" else set()
     expected |= {"folded", "folded_grad", "folded_wgrad"} if recipe == "moss" else set()
     shown = read_log(tmp_path / "out")[1]
@@ -1544,14 +1545,14 @@ def test_the_optimizer_gets_the_scheduled_learning_rate(tiny, tmp_path, monkeypa
         {group["lr"] for group in optimizer.param_groups}))
     run(tiny("--fp8 none --steps 6 --warmup 2"))
     rates = [train.learning_rate(i, config(steps=6, warmup=2)) for i in range(6)]
-    assert used == [{rate} for rate in rates] and [record["lr"] for record in read_log(tmp_path / "out")] == rates
+    assert used == [{rate} for rate in rates] and [r["lr"] for r in read_log(tmp_path / "out")] == rates
 
 
 def test_weight_decay_spares_the_norms():
     net = Transformer(PRESETS["nano"], "none")
     *decayed, spared = train.make_optimizer(net, config(weight_decay=0.3)).param_groups
     assert {group["weight_decay"] for group in decayed} == {0.3} and spared["weight_decay"] == 0.0
-    assert {id(p) for p in spared["params"]} == {id(p) for name, p in net.named_parameters() if "norm" in name}
+    assert set(spared["params"]) == {p for name, p in net.named_parameters() if "norm" in name}
     assert sum(len(group["params"]) for group in (*decayed, spared)) == len(list(net.parameters()))
 
 
@@ -1601,15 +1602,16 @@ def test_bench_prints_a_row_for_every_recipe_and_writes_nothing(tmp_path, monkey
 
 
 def test_bench_counts_the_tokens_of_all_micro_batches_and_one_optimizer_step():
-    rows = train.bench(config(**vars(train.parse_config([*BENCH, "--accum", "3", "--fp8", "moss,none"]))), CPU)
+    c = train.resolve(train.parse_config([*BENCH, "--accum", "3", "--fp8", "moss,none"]), CPU, 1)
+    rows = train.bench(c, CPU)
     for row in rows.values():
         seconds = (3 * row["fwd+bwd ms"] + row["optimizer ms"]) / 1e3
         assert row["tokens/s"] == pytest.approx(3 * 2 * 16 / seconds)
-    assert math.isnan(rows["moss"]["x none"]) and rows["none"]["x none"] == 1   # none was not timed before moss
+    assert math.isnan(rows["moss"]["x none"]) and rows["none"]["x none"] == 1   # none comes after moss
 
 
 @has_fork
-def test_eval_only_reports_the_loss_that_the_run_ended_with_on_any_number_of_ranks(tiny, tmp_path, monkeypatch, capsys):
+def test_eval_only_reports_the_last_loss_on_any_number_of_ranks(tiny, tmp_path, monkeypatch, capsys):
     loss = run(tiny("--fp8 moss --eval_batches 4"))["val_loss"]
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path / "out")   # from within its folder, too
@@ -1630,12 +1632,13 @@ def test_recipes_are_compared_at_the_weights_of_a_checkpoint(tiny, tmp_path, mon
     rows = said(go_on(tmp_path / "out", f"--fp8 {','.join(RECIPES)} --eval-only"), capsys).out.splitlines()
     for recipe, loss, row in zip(RECIPES, losses, rows[-len(RECIPES):], strict=True):
         assert row.split()[1] == recipe and f"loss {loss} " in row
-        # Every one of some six roundings on the way, to 3 or (tensor) 2 bits, is wrong by 2.6% or 5% of the value.
+        # Each of some six roundings on the way, to 3 or (tensor) 2 bits, is wrong by 2.6% or 5% of the value.
         error = float(re.search("gradient +([0-9.]+)%", row)[1])
         assert error == 0 if recipe == "none" else 0.5 < error < 20
     assert contents(tmp_path) == before
     monkeypatch.setattr(train, "start_ranks", lambda _: train.Ranks(0, 2, CPU))
-    assert_refused(go_on(tmp_path / "out", "--fp8 none,moss --eval-only"), ["without torchrun"], tmp_path, capsys)
+    command = go_on(tmp_path / "out", "--fp8 none,moss --eval-only")
+    assert_refused(command, ["without torchrun"], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("prompt", ["the quick", "\udcff"])   # a byte that is no text, as Python takes it
@@ -1643,7 +1646,7 @@ def test_sample_goes_on_with_a_text(prompt, tiny, tmp_path, monkeypatch, capsys)
     run(tiny("--fp8 none"))
     monkeypatch.setattr(train, "sample", SAMPLE)
     written = said([*go_on(tmp_path / "out", "--sample"), prompt], capsys).out
-    assert written.startswith(prompt.replace("\udcff", "\ufffd")) and len(written.encode()) >= len(prompt) + 200
+    assert written.startswith(prompt.replace("\udcff", "\ufffd")) and len(written.encode()) >= 200
 
 
 @pytest.mark.parametrize("prompt", ["²", "٣", "1_0", "-1", "256", "9" * 5000, "one", " ", "1 2 3.0"])
@@ -1698,16 +1701,17 @@ def board(monkeypatch):
     return seen
 
 
-def test_tensorboard_may_write_into_the_folder_of_the_run_and_draws_nothing_twice(tiny, tmp_path, board, monkeypatch):
+def test_tensorboard_may_lie_in_the_runs_folder_and_draws_nothing_twice(tiny, tmp_path, board, monkeypatch):
     command = tiny(f"--fp8 none --tensorboard {tmp_path / 'out' / 'board'}")
     run(command)
     interrupted(command, 2, monkeypatch)   # renames the folder of the first run
-    assert all((tmp_path / out / "board" / "loss").exists() for out in ("out", "out.1")) and board.purge_step is None
+    assert all((tmp_path / out / "board" / "loss").exists() for out in ("out", "out.1"))
+    assert board.purge_step is None
     run(go_on(tmp_path / "out"))
-    assert board.purge_step == 4 and board.closed == 3   # closed, or the last numbers are lost with its thread
+    assert board.purge_step == 4 and board.closed == 3   # or the last numbers are lost
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("I/O on closed file")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ValueError("I/O on closed file")])
 def test_what_tensorboard_cannot_write_is_not_blamed_on_the_log(error, tiny, tmp_path, board, capsys):
     board.fails = error
     printed = said(tiny(f"--fp8 none --tensorboard {tmp_path / 'board'}"), capsys).out
