@@ -95,8 +95,8 @@ def said(command, capsys, code=0):
 
 
 def contents(folder):
-    files = (path for path in folder.rglob("*") if path.name != ".lock" and ".tmp" not in str(path))
-    return {path: path.read_bytes() if path.is_file() else None for path in files}
+    paths = [Path(top, name) for top, _, names in os.walk(folder) for name in names if ".tmp" not in top]
+    return {path: path.read_bytes() for path in paths if path.name != ".lock"}   # .tmp: still being removed
 
 
 def assert_refused(command, words, folder, capsys, code=2):
@@ -359,7 +359,8 @@ def start_copy(job, rank=None, world=1, port=0, printed=os.devnull):
         code, sys.stdout = 99, open(printed, "w", buffering=1)
         sys.stderr, train.sample = sys.stdout, lambda *_: ""
         if rank is not None:
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            os.environ |= dict(RANK=f"{rank}", WORLD_SIZE=f"{world}", MASTER_ADDR="localhost",
+                               MASTER_PORT=f"{port}")
         try:
             code = job()
             if code == 0 and train.dist.is_initialized():
@@ -774,8 +775,8 @@ def test_skipped_steps_survive_a_resume(tiny, tmp_path, monkeypatch):
 
 
 UNUSUAL = ("--fp8 tensor --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --beta2 0.9 --clip 2 --keep 3 "
-           "--seed 5 --rescale_interval 7 --spike 50 --max_skips 4 --log_every 3 --eval_every 1 --eval_batches 3 "
-           "--recompute block")
+           "--seed 5 --rescale_interval 7 --spike 50 --max_skips 4 --log_every 3 --eval_every 1 "
+           "--eval_batches 3 --recompute block")
 
 
 def test_resume_takes_every_option_of_the_run_that_is_not_given_and_says_what_is(tiny, tmp_path, capsys):
@@ -928,11 +929,13 @@ def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(victim, tiny
     assert steps_in(tmp_path / "out") == [4] and checkpoint(tmp_path / "out")["step"] == 4
 
 
-def test_a_line_of_the_log_that_cannot_be_written_does_not_end_the_run(tiny, monkeypatch, capsys):
-    full = SimpleNamespace(write=full_disk)
-    before_call(monkeypatch, train.Log, "write", lambda self, record: setattr(self, "file", full))
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny, monkeypatch, capsys):
+    def open_full(path, *arguments, **options):
+        return open("/dev/full" if "log.jsonl" in str(path) else path, *arguments, **options)
+    monkeypatch.setattr(train, "open", open_full, raising=False)
     printed = said(tiny("--fp8 none"), capsys).out
-    assert "warning: step 4 is not in the log (No space left on device)" in printed
+    assert "warning: step 4 is not in the log (No space left on device)" in printed and "steps            4" in printed
 
 
 def test_a_run_keeps_the_last_checkpoints_and_the_best_that_was_written(tiny, tmp_path, monkeypatch):
@@ -955,7 +958,7 @@ def test_while_steps_are_skipped_no_checkpoint_is_written_and_none_removed(tiny,
 
 
 @pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4),
-                               torch.arange(1000), torch.randn(1025, 1027).t()], ids=lambda x: str(list(x.shape)))
+                               torch.arange(1000), torch.randn(1025, 1027).t()], ids=lambda x: f"{x.dim()}d")
 def test_what_is_saved_has_the_numbers_of_the_original_and_memory_of_its_own(x):
     before, copied = x.clone(), train.on_cpu({"x": x, "y": 1})
     x.zero_()   # the next step, while the file is being written
