@@ -189,7 +189,8 @@ def test_moss_differs_from_none_by_less_than_seeds_do_and_the_readme_says_so(run
     assert len(none) == len(moss) == seeds
     means, spread = [statistics.mean(losses) for losses in (none, moss)], max(none) - min(none)
     difference = means[1] - means[0]
-    assert abs(difference) < spread
+    assert abs(difference) < spread and min(none) < means[1] < max(none)
+    assert abs(difference) < 0.003 * means[0] or runs == "1b-long"   # there it is 0.31%, as RESULTS says
     cells = [f"{value:.4f}" for value in means] + [f"{difference:+.4f}".replace("-", "−"), f"{spread:.4f}"]
     assert f"| `{runs.split('-')[0]}` | 1,500 | {seeds} | {' | '.join(cells)} |" in README
 
