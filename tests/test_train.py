@@ -935,7 +935,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny, monkeypatch, ca
         return open("/dev/full" if "log.jsonl" in str(path) else path, *arguments, **options)
     monkeypatch.setattr(train, "open", open_full, raising=False)
     printed = said(tiny("--fp8 none"), capsys).out
-    assert "warning: step 4 is not in the log (No space left on device)" in printed and "steps            4" in printed
+    assert "warning: step 4 is not in the log (No space left on device)" in printed
 
 
 def test_a_run_keeps_the_last_checkpoints_and_the_best_that_was_written(tiny, tmp_path, monkeypatch):
