@@ -14,7 +14,6 @@ same `--accum`, so do runs on any number of GPUs. Reading order: the options; wh
 what the loop calls (what is watched, data, several ranks, the run's folder); what there is besides training.
 """
 import argparse
-import dataclasses
 import gc
 import glob
 import itertools
@@ -32,8 +31,8 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +52,7 @@ from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the value, the reason and the fix. Exit code 2."""
+    """A mistake of the user: the message names the value, the reason and the fix. Exit code 2."""
 
 
 class RunError(Exception):
@@ -63,6 +62,15 @@ class RunError(Exception):
 def need(condition, message):
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def blaming(option):
+    """Turn what goes wrong with files, shapes and settings that the user gave into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{option}: {str(e).partition(chr(10))[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -99,11 +107,10 @@ class Config:
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
     eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth, at most 250)")
     eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
-    keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays as well")
+    keep: int = opt(2, "checkpoints to keep, the newest ones")
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
     shard: bool = opt(False, "ranks keep FP32 weights and Adam's moments of their share of the layers alone "
                              "(ZeRO-1), and exchange FP8 weights; for --fp8 moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data")
@@ -136,7 +143,7 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group()
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
         kind = {"action": "store_true"} if f.default is False else {"type": f.type, "metavar": f.name.upper()}
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))   # --max_skips or --max-skips
@@ -157,6 +164,8 @@ def recall(c, saved, say):
         if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
+            need(name not in ("beta1", "beta2"), f"--{name} was {value}, and Adam's moments are means under it: "
+                                                 f"leave --{name} out, or begin another run")
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -176,6 +185,7 @@ def resolve(c, device, world):
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     c.data = c.data and os.path.abspath(c.data)   # so that --resume finds it from any folder
+    c.out = os.path.realpath(c.out)               # an earlier run is renamed where it lies
     for name, (least, most) in LIMITS.items():
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
@@ -187,8 +197,7 @@ def resolve(c, device, world):
     need(c.accum % world == 0, f"--accum {c.accum} micro-batches do not divide by {world} ranks: use --accum "
                                f"{-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
-         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: to measure them a rank "
-         f"would have to see all weights")
+         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: no rank has all weights")
     return c
 
 
@@ -256,12 +265,10 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
 
 @dataclass
 class Progress:
-    """Where a run is. Beside weights, moments and scales a checkpoint holds no more: nothing random is drawn while
-    training, and the step says which data come next."""
+    """Where a run is. Nothing random is drawn while training, and the step says which data come next."""
     step: int = 0               # steps done
     updates: int = 0            # those that changed the weights: Adam's count
     skipped: int = 0            # those that did not
-    best: tuple = (1e30, 0)     # the best validation loss, and its step
     norms: list = field(default_factory=list)   # of the gradient, in the last 100 updates
 
 
@@ -271,32 +278,6 @@ def learning_rate(step, c):
         return c.lr * (step + 1) / (c.warmup + 1)
     progress = (step - c.warmup) / max(c.steps - c.warmup, 1)
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
-
-
-def make_model(c, device, vocab=None):
-    """Return the Transformer. On a GPU BF16 is compiled whole; under FP8 model.py compiles what is not ours."""
-    preset = PRESETS[c.model]
-    try:
-        with torch.device(device):
-            config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
-            model = Transformer(config, c.fp8, c.recompute)
-    except ValueError as e:
-        raise UserError(e) from None
-    torch.compiler.set_stance("force_eager" if c.eager else "default")
-    if device.type == "cuda" and c.fp8 == "none" and not c.eager:
-        model.compile(dynamic=False)
-    return model
-
-
-def build(c, device):
-    """Return (model, training Batches, validation Batches). UserError for what is wrong with data or shapes."""
-    try:
-        train_tokens, val_tokens, vocab = open_data(c.data)
-    except OSError as e:
-        raise UserError(f"--data: {e.filename} cannot be read ({e.strerror}): check its permissions") from None
-    torch.manual_seed(c.seed)
-    model = make_model(c, device, vocab)
-    return model, *(Batches(tokens, c, model.config.vocab) for tokens in (train_tokens, val_tokens))
 
 
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
@@ -322,138 +303,109 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
     return loss_sum
 
 
-@torch.no_grad()
-def evaluate(model, batches, ranks):
-    """Return the mean validation loss in nats per token, over all ranks."""
-    total = torch.zeros((), device=ranks.device)
-    for i in range(ranks.rank, batches.config.eval_batches, ranks.world):
-        total += model(*batches.evaluation(i, ranks.device))
-    return all_reduce(total).item() / batches.config.eval_batches
+def evaluate(model, batches, ranks, gradient=False):
+    """Return the mean validation loss in nats per token, over all ranks. With `gradient`, add up its gradients."""
+    total, batches_in_all = torch.zeros((), device=ranks.device), batches.config.eval_batches
+    with torch.set_grad_enabled(gradient):
+        for i in range(ranks.rank, batches_in_all, ranks.world):
+            loss = model(*batches.evaluation(i, ranks.device))
+            if gradient:
+                loss.backward()
+            total += loss.detach()
+    return all_reduce(total).item() / batches_in_all
 
 
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
-    with ExitStack() as files:   # closes log and lock
-        return run(config, start_ranks(config.device), files)
-
-
-def run(config, ranks, files):
-    device, main, say, out = ranks.device, ranks.rank == 0, ranks.say, Path(config.out)
-    out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
-    saved = newest_checkpoint(out, ranks) if config.resume else None
-    if saved:
-        recall(config, saved["config"], say)
-    elif config.resume:
-        say(f"note: there is no checkpoint in {out} yet: the run begins")
-    c = resolve(config, device, ranks.world)
-    progress = Progress(**saved["progress"]) if saved else Progress()
+    ranks, c, saved = start(config)
+    say, progress = ranks.say, Progress(**saved["progress"]) if saved else Progress()
     if progress.step >= c.steps:
         say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps to go on")
         return None
     check_folders(c)
-    model, train_batches, val_batches = build(c, device)
-    read = [len(train_batches.tokens), len(val_batches.tokens)]
-    check_same([asdict(replace(c, device=None, data=None, out=None)), read],   # paths may differ between nodes
-               "options or data: start all with the same command, and give every node all files of --data")
-    if saved:
-        state = load_state(saved, model)
-        restore_weights(state, model)
-    for p in model.parameters() if ranks.world > 1 else ():
-        dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
-    owner = owners(model, ranks.world)
-    shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
-    optimizer = make_optimizer(model, c, shards)
-    scales = make_scales(model, optimizer, c)
-    if saved:
-        restore_training(state, saved, model, optimizer, scales, progress, c, read, say)
-        del state
-    requantize(model, scales, shards)
-    if shards:
-        shards.share(scales, measured=True)
-    ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
-
+    run = prepare(c, ranks, saved)
+    run.progress, model = progress, run.model
+    run.ddp = data_parallel(model, ranks.device) if ranks.world > 1 and not run.shards else model
     say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    size = sum(p.numel() for p in model.parameters())
-    say(f"model   {c.model}: {size:,} parameters, vocabulary {model.config.vocab}")
-    say("data    {:,} training and {:,} validation tokens of {}".format(*read, c.data or "Python's own source"))
-    say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
+    say(f"model   {c.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"vocabulary {model.config.vocab}")
+    say(f"data    {len(run.batches.tokens):,} training and {len(run.val_batches.tokens):,} validation tokens of "
+        + (c.data or "Python's own source"))
+    say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
-        say(f"resumed {saved['path']}, written by {len(saved['files'])} ranks, on {ranks.world}")
+        say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
+            f"{ranks.world} go on")
     stop.in_loop = True
-    val_loss = evaluate(model, val_batches, ranks)
-    say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
+    run.val_loss = evaluate(model, run.val_batches, ranks)
+    say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {run.val_loss:.4f}")
+    with run_folder(c, ranks, progress.step) as log:   # from here on files are written
+        return loop(run, log)
 
-    # From here on files are written.
-    log = Log(out, c, ranks, progress.step, files) if main else None
-    saver = Saver(out, c.keep, ranks)
+
+def loop(run, log):
+    """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
+    c, ranks, model, shards, progress = run.c, run.ranks, run.model, run.shards, run.progress
+    device, say, saver = ranks.device, ranks.say, Saver(Path(c.out), c.keep, ranks)
     trained = [p for p in model.parameters() if p.requires_grad and (not shards or shards.mine(p))]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
         step, lr = progress.step, learning_rate(progress.step, c)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        loss = forward_backward(ddp, train_batches, step, c, ranks, shards, watching=logging)
+        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=logging)
         if device.type == "cuda":   # which is still busy; from here on this process waits for it
-            train_batches.prefetch(step + 1, ranks.rank, device)
-        health = scale_health(model, scales, shards) if logging else {}
+            run.batches.prefetch(step + 1, ranks.rank, device)
+        health = scale_health(model, run.scales, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
-        # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of a
-        # checkpoint: the one wait for the GPU in a step.
-        flags = torch.tensor([float(stop.received), float(saver.written())], device=device)
-        shared = all_reduce(torch.cat((loss.view(1), flags)))
-        loss, stopping, written, norm_value = torch.cat((shared, norm.view(1))).tolist()
+        # All ranks learn the mean loss, and whether one was told to stop: the one wait for the GPU in a step.
+        shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
+        loss, stopping, norm_value = torch.stack((*shared, norm)).tolist()
 
         spike = len(progress.norms) >= 20 and norm_value > (c.spike or 1e30) * statistics.median(progress.norms)
         if math.isfinite(loss) and math.isfinite(norm_value) and not spike:
             progress.updates, in_a_row = progress.updates + 1, 0
             progress.norms = [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
-            update_weights(optimizer, model, scales, lr, progress.updates, c, shards)
+            update_weights(run.optimizer, model, run.scales, lr, progress.updates, c, shards)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
             say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
             if in_a_row >= c.max_skips:
                 saver.finish()
-                first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
+                first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look "
-                               f"at the data; {last_good(out)}")
-        model.zero_grad(set_to_none=ddp is model)   # DDP: the gradients stay in its buckets, one copy
+                               f"at the data; {last_good(c.out)}")
+        model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
         progress.step = step = step + 1
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            val_loss = evaluate(model, val_batches, ranks)
-            progress.best = min(progress.best, (val_loss, step))
-            check_same(scales and scales.scale.tolist(), "weight scales: do all run the same code?")
+            run.val_loss = evaluate(model, run.val_batches, ranks)
+            check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
-            saver.save(own_state(model, optimizer, owner, scales, ranks),
-                       {"step": step, "progress": asdict(progress), "read": read, "config": asdict(c),
-                        "model_config": asdict(model.config)})
-        elif written == ranks.world:
-            saver.finish()
+            saver.save(own_state(run), {"step": step, "progress": asdict(progress), "config": asdict(c),
+                                        "model_config": asdict(model.config)})
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "skipped": progress.skipped,
                       "tokens_per_s": round(speed, 1), **mfu(model, speed / ranks.world, device), **health,
-                      **({"val_loss": val_loss} if evaluating else {})}
-            if main:
-                log.write(record)
-            left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
-            say(progress_line(record, c, left))
+                      **({"val_loss": run.val_loss} if evaluating else {})}
+            log(record)
+            say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
     seconds = time.perf_counter() - started
     if not saver.finish():
-        raise RunError(f"the last checkpoint is missing: make room in {out}, then go on with --resume")
+        raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
     if progress.step < c.steps:
-        say(f"stopped by a signal; {last_good(out)}; go on with --resume --out {out}")
+        say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
         return None
-    if main:
-        say(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
+    if ranks.rank == 0:
+        say(f"\n--- sample ---\n{sample(model, run.val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
-               "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(val_loss, 4),
-               "skipped_steps": progress.skipped, "time": clock(seconds),
+               "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(run.val_loss, 4),
+               "skipped_steps": progress.skipped, "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
@@ -463,22 +415,77 @@ def run(config, ranks, files):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Before the loop: from options, or from a checkpoint, to what it needs
+
+def start(config):
+    """Return (Ranks, resolved Config, manifest of the checkpoint that --resume, --eval_only, --sample ask for)."""
+    ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
+    saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
+    if saved:
+        recall(config, saved["config"], ranks.say)
+    elif config.resume:
+        ranks.say(f"note: there is no checkpoint in {config.out} yet: the run begins")
+    need(saved or not reporting, f"there is no checkpoint in {config.out}: check --out, or train first")
+    config.shard = config.shard and not reporting   # then every rank has all weights
+    return ranks, resolve(config, ranks.device, 1 if reporting else ranks.world), saved
+
+
+def make_model(c, device, vocab=None):
+    """Return the Transformer. On a GPU BF16 is compiled whole; under FP8 model.py compiles what is not ours."""
+    preset = PRESETS[c.model]
+    with blaming(f"--model {c.model}"), torch.device(device):
+        model = Transformer(replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab), c.fp8, c.recompute)
+    if device.type == "cuda" and c.fp8 == "none":
+        model.compile(dynamic=False)
+    return model
+
+
+def build(c, device):
+    """Return (model, training Batches, validation Batches)."""
+    with blaming("--data"):
+        train_tokens, val_tokens, vocab = open_data(c.data)
+    torch.manual_seed(c.seed)
+    model = make_model(c, device, vocab)
+    return model, *(Batches(tokens, c, model.config.vocab) for tokens in (train_tokens, val_tokens))
+
+
+def prepare(c, ranks, saved=None):
+    """Return what a run is made of, with the numbers of a checkpoint if its manifest is given, ready to compute."""
+    model, batches, val_batches = build(c, ranks.device)
+    check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
+                len(batches.tokens), len(val_batches.tokens)],
+               "options or data: start all with the same command, and give every node all files of --data")
+    for p in model.parameters() if ranks.world > 1 else ():
+        dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
+    owner = owners(model, ranks.world)
+    shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
+    optimizer = make_optimizer(model, c, shards)
+    scales = make_scales(model, optimizer, c)
+    if saved:
+        restore(saved, model, optimizer, scales, c, shards)
+    requantize(model, scales, shards)
+    if shards:
+        shards.share(scales, measured=True)
+    return SimpleNamespace(c=c, ranks=ranks, model=model, batches=batches, val_batches=val_batches, owner=owner,
+                           shards=shards, optimizer=optimizer, scales=scales)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What is watched
 
 def scale_health(model, scales, shards=None):
     """Return, for the log, predicted / true weight scale (below 1 weights saturate), and the means over the layers
     of the shares of values that saturate or that folding changes (model.py)."""
-    health = {}
+    health, layers = {}, model.linears()
     if scales is not None:
         ratio = scales.headroom()
         mine = torch.tensor([shards is None or shards.mine(w) for w in scales.weights], device=ratio.device)
         ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
         most, minus_least = (all_reduce(ends, dist.ReduceOp.MAX) if shards else ends).tolist()
         health.update(scale_ratio=most, scale_ratio_min=-minus_least)
-    records = [layer.health for layer in model.linears() if layer.health]
-    for key in dict.fromkeys(key for record in records for key in record):
-        health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
-    for layer in model.linears():
+    for key in dict.fromkeys(key for layer in layers for key in layer.health or ()):
+        health[key] = torch.stack([layer.health[key] for layer in layers if key in (layer.health or ())]).mean().item()
+    for layer in layers:
         layer.health = None   # so that no evaluation is counted
     return health
 
@@ -501,11 +508,6 @@ def first_non_finite(model, tokens, targets):
     return bad[0] if bad else "the loss or the norm of the gradient"
 
 
-def clock(seconds):
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
-
-
 def progress_line(record, c, seconds_left):
     parts = {"loss": "loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
              "mfu": "MFU {mfu:.1%}", "scale_ratio": "scale x{scale_ratio:.3f}",
@@ -513,25 +515,23 @@ def progress_line(record, c, seconds_left):
              "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of those in wgrad
              "val_loss": "validation loss {val_loss:.4f}"}
     shown = "  ".join(text.format(**record) for key, text in parts.items() if key in record)
-    return f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  {shown}  {clock(seconds_left)} left"
+    left = timedelta(seconds=round(seconds_left))
+    return f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  {shown}  {left} left"
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {os.cpu_count()} cores"
 
 
 def numerics(fp8, device):
     """Return in one line what computes the linear layers here, in training and evaluation alike."""
-    on = f"on {device_name(device)}"
-    if fp8 == "none":
-        return f"{'BF16' if device.type == 'cuda' else 'FP32'} {on}"
-    why = "without Triton" if device.type == "cuda" and not HAS_TRITON else "which has no FP8 kernels"
-    return f"FP8 kernels {on}" if has_fp8_tensor_cores(device) else f"FP8 emulated {on}, {why}"
+    plain = "BF16" if device.type == "cuda" else "FP32"
+    eight = "FP8 kernels" if has_fp8_tensor_cores(device) else "FP8 emulated"
+    return f"{plain if fp8 == 'none' else eight} on {device_name(device)}"
 
 
 # Dense BF16 peak in TFLOP/s by the vendors' data sheets, by a part of the device's name: the first match counts.
-BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312,
-             "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
+BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "4090": 165}
 
 
 def mfu(model, tokens_per_s, device):
@@ -560,30 +560,25 @@ def sample(model, batches, device, seed, prompt=None, count=200):
 # Data: tokens that lie in files and stay there
 
 class Tokens:
-    """Tokens `first` and on, `count` of them, in files that follow each other, read window by window.
+    """Tokens in files that follow each other, read window by window."""
 
-    files: list of (path, offset in bytes, tokens); dtype: what one token is in them.
-    """
-
-    def __init__(self, files, dtype, first=0, count=None):
-        self.files, self.dtype, self.first = [file for file in files if file[2]], np.dtype(dtype), first
-        self.ends = np.cumsum([size for _, _, size in self.files], dtype=np.int64)
-        self.count = sum(size for _, _, size in files) - first if count is None else count
+    def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
+        self.files, self.dtype = [file for file in files if file[2]], np.dtype(dtype)
+        self.ends = np.cumsum([0, *(count for _, _, count in self.files)])[1:]
 
     def __len__(self):
-        return self.count
+        return int(self.ends[-1]) if self.files else 0
 
     def file_of(self, position):
-        return int(np.searchsorted(self.ends, self.first + position, side="right"))
+        return int(np.searchsorted(self.ends, position, side="right"))
 
     def read(self, start, count):
         """Return tokens start ... start + count - 1 as int64, across file boundaries."""
         pieces, stop = [], start + count
         while start < stop:
             i = self.file_of(start)
-            path, offset, _ = self.files[i]
-            take = min(stop - start, int(self.ends[i]) - self.first - start)
-            skip = self.first + start - (int(self.ends[i]) - self.files[i][2])
+            path, offset, size = self.files[i]
+            skip, take = start - int(self.ends[i]) + size, min(stop, int(self.ends[i])) - start
             pieces.append(np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
                                     self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64))
             start += take
@@ -594,14 +589,11 @@ def token_file(path):
     """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r")
-            need(array.ndim == 1 and array.dtype.kind in "iu", f"--data: {path} holds {array.dtype} of shape "
-                 f"{array.shape}: tokens are a one-dimensional array of integers")
-        except (ValueError, EOFError, AttributeError) as e:
-            raise UserError(f"--data: {path} is no .npy file of tokens ({str(e).partition(chr(10))[0]}): write it "
-                            f"with numpy.save") from None
-        return (path, getattr(array, "offset", 0), len(array)), array.dtype
+        with blaming(f"--data: {path} is not written by numpy.save"):
+            array = np.lib.format.open_memmap(path, mode="r")
+        need(array.ndim == 1 and array.dtype.kind in "iu", f"--data: {path} holds {array.dtype} of shape "
+             f"{array.shape}: tokens are a one-dimensional array of integers")
+        return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c and modded-nanogpt: magic, version, number of tokens
@@ -663,12 +655,15 @@ def open_data(source):
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
     if any(held_out):
-        train, val = (Tokens([file for file, out in zip(files, held_out) if out == wanted], dtype)
-                      for wanted in (False, True))
+        parts = [[file for file, out in zip(files, held_out) if out == wanted] for wanted in (False, True)]
     else:
-        cut = int(total * (1 - 0.05))
-        train, val = Tokens(files, dtype, 0, cut), Tokens(files, dtype, cut)
-    return train, val, 256 if dtype == np.uint8 else None
+        parts, left = ([], []), int(total * (1 - 0.05))   # the file at the cut is in both parts
+        for path, offset, count in files:
+            take = min(left, count)
+            parts[0].append((path, offset, take))
+            parts[1].append((path, offset + take * dtype.itemsize, count - take))
+            left -= take
+    return *(Tokens(part, dtype) for part in parts), 256 if dtype == np.uint8 else None
 
 
 def shuffled(number, n, keys):
@@ -746,10 +741,9 @@ stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told
 
 
 def on_signal(*_):
-    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before it they end the process.
+    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before the loop they end the process.
 
-    Further signals change nothing, for schedulers and torchrun send several. kill -9 ends a run at once, and costs
-    the steps since the last checkpoint.
+    Further signals change nothing, for schedulers and torchrun send several.
     """
     stop.received = True
     if not stop.in_loop:
@@ -764,9 +758,11 @@ class Ranks:
 
     def say(self, text):
         """Print on rank 0. Output that cannot be written, to a full disk or a closed pipe, does not end a run."""
-        with suppress(OSError):
+        try:
             if self.rank == 0:
                 print(text)
+        except OSError:
+            sys.stdout = None   # print does nothing from here on, nor does Python try once more when it exits
 
 
 def start_ranks(name):
@@ -780,9 +776,8 @@ def start_ranks(name):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     gpu = device.type == "cuda"
     if gpu:
-        needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        need(needed <= torch.cuda.device_count(), f"--device {name}: {needed} GPUs are needed, PyTorch sees "
-             f"{torch.cuda.device_count()}: use --device cpu or start fewer ranks")
+        need(device.index < torch.cuda.device_count(), f"--device {name}: {device} is not there, PyTorch sees "
+             f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
@@ -801,11 +796,11 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
-def gather(thing):
+def gather(thing, group=None):
     """Return the list of what all ranks have."""
     things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        dist.all_gather_object(things, thing)
+        dist.all_gather_object(things, thing, group)
     return things
 
 
@@ -829,8 +824,7 @@ def data_parallel(model, device):
 
 
 def owners(model, world):
-    """Return {parameter: its rank}, which writes it to checkpoints and with --shard owns it: the largest first, each
-    to the least loaded rank."""
+    """Return {parameter: the rank that writes it to checkpoints, and with --shard alone keeps it}: shared evenly."""
     owner, load = {}, [0] * world
     for p in sorted(model.parameters(), key=lambda p: -p.numel()):
         owner[p] = load.index(min(load))
@@ -913,7 +907,7 @@ class Shards:
 
 def checkpoints(out):
     """Return the checkpoints in a folder, which are folders step_00000100 and so on, the newest first."""
-    found = [path for path in out.glob("step_*") if re.fullmatch("step_[0-9]+", path.name)]
+    found = [path for path in Path(out).glob("step_*") if re.fullmatch("step_[0-9]+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -921,25 +915,16 @@ def last_good(out):
     return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved yet"
 
 
-def on_cpu(state):
-    """Return a copy of nested dicts whose tensors lie in the CPU's memory. Training waits for it: for 10 GB one
-    thread takes 6 s, and eight take 0.8 s."""
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    if not isinstance(state, torch.Tensor):
-        return state
-    copy = torch.empty(state.shape, dtype=state.dtype)
-    parts = (t.reshape(-1).chunk(8 if t.numel() > 2**20 else 1) for t in (copy, state.detach()))
-    with ThreadPoolExecutor(8) as pool:   # zero_ touches memory that is new, which takes longer than copying
-        list(pool.map(lambda new, old: new.zero_().copy_(old), *parts))
-    return copy
-
-
-def own_state(model, optimizer, owner, scales, ranks):
-    """Return what this rank writes to a checkpoint: weight and moments of the parameters that it owns, by name."""
-    own = {name: {"weight": p.data, **optimizer.state.get(p, {})}
-           for name, p in model.named_parameters() if owner[p] == ranks.rank}
-    return on_cpu({"parameters": own, "scales": scales.state_dict() if scales and ranks.rank == 0 else None})
+def own_state(run):
+    """Return copies, in the CPU's memory, of what this rank writes to a checkpoint: weight and moments of the
+    parameters that it owns, by name. Training waits for it: for 10 GB one thread takes 6 s, and eight take 0.8 s."""
+    def copy(x):   # zero_ touches memory that is new, which takes longer than copying
+        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
+    with ThreadPoolExecutor(8) as pool:
+        own = {name: {key: pool.submit(copy, x) for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
+               for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
+    own = {name: {key: copied.result() for key, copied in kept.items()} for name, kept in own.items()}
+    return {"parameters": own, "scales": run.scales.state_dict() if run.scales and run.ranks.rank == 0 else None}
 
 
 def sums(path):
@@ -958,143 +943,127 @@ class Saver:
 
     def __init__(self, out, keep, ranks):
         self.out, self.keep, self.ranks, self.thread, self.ok = out, keep, ranks, None, True
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # the thread's own
 
     def save(self, own, content):
         """Begin to write. `own` must not change any more; `content` goes into the manifest."""
         self.finish()
-        self.content, self.folder = content, self.out / f"step_{content['step']:08}.tmp"
-        self.thread = threading.Thread(target=self.write, args=(own,))
+        self.thread = threading.Thread(target=self.write, args=(own, content))
         self.thread.start()
-
-    def write(self, own):
-        try:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"rank_{self.ranks.rank}.pt"
-            torch.save(own, path)
-            with open(path) as f:
-                os.fsync(f.fileno())
-            self.result = {path.name: sums(path)}
-        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing may pass for success here
-            self.result = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-
-    def written(self):
-        """Return whether this rank has written its file of a checkpoint that is not finished yet."""
-        return self.thread is not None and not self.thread.is_alive()
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        if self.thread is None:
-            return self.ok
-        self.thread.join()
-        self.thread, results = None, gather(self.result)
-        error = next((result for result in results if isinstance(result, str)), None)
-        if not error:   # the rest is rank 0's
-            error = gather(self.commit(results) if self.ranks.rank == 0 else None)[0]
-        self.ok = error is None
-        if error:
-            self.ranks.say(f"warning: the checkpoint of step {self.content['step']} could not be written ({error}): "
-                           f"make room in {self.out}; {last_good(self.out)}")
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.thread:
+            self.thread.join()
         return self.ok
 
-    def commit(self, results):
-        """Write the manifest, rename the folder, remove old ones. Return an error as text, or None."""
-        content = {**self.content, "files": {name: read for result in results for name, read in result.items()}}
+    def write(self, own, content):
+        """Write this rank's file and, when those of all ranks are whole, let rank 0 commit. This is the thread."""
+        folder = self.out / f"step_{content['step']:08}.tmp"
         try:
-            with open(self.folder / "manifest.json", "w") as f:
-                json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.rename(self.folder, self.folder.with_suffix(""))
-            for old in checkpoints(self.out)[self.keep:]:
-                if int(old.name[5:]) != content["progress"]["best"][1]:
-                    gone = old.rename(old.with_suffix(".tmp"))   # what is half removed must not look whole
-                    threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
-        except OSError as e:
-            return f"{type(e).__name__}: {e.strerror}"
+            files = dict(self.on_all_ranks(lambda: self.write_file(folder, own)))
+            self.on_all_ranks(lambda: self.ranks.rank or self.commit(folder, {**content, "files": files}))
+            self.ok = True
+        except Exception as e:   # nothing may pass for success here
+            self.ok = False
+            self.ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({e}): make room "
+                           f"in {self.out}; {last_good(self.out)}")
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def on_all_ranks(self, action):
+        """Return the list of what action() returned on each rank. RunError on all of them if it failed on one."""
+        try:
+            result, error = action(), None
+        except Exception as e:   # a full disk is a RuntimeError of torch.save
+            result, error = None, f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        results, errors = zip(*gather((result, error), self.group))
+        if any(errors):
+            raise RunError(next(filter(None, errors)))
+        return results
+
+    def write_file(self, folder, own):
+        """Return (its name, its size and checksum)."""
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank_{self.ranks.rank}.pt"
+        torch.save(own, path)
+        with open(path) as f:
+            os.fsync(f.fileno())
+        return path.name, sums(path)
+
+    def commit(self, folder, content):
+        """Write the manifest, rename the folder, remove old ones."""
+        with open(folder / "manifest.json", "w") as f:
+            json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(folder, folder.with_suffix(""))
+        for old in checkpoints(self.out)[self.keep:]:
+            gone = old.rename(old.with_suffix(".tmp"))   # what is half removed must not look whole
+            shutil.rmtree(gone, ignore_errors=True)
 
 
-def read_manifest(path):
-    """Return its content. ValueError if it is not what was written, or if the folder has the name of another step."""
+def read_manifest(path, ranks):
+    """Return its content. ValueError, OSError or a LookupError unless all is as it was written; ranks share reading."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
         raise ValueError("the checksum of its manifest is wrong")
     if content["step"] != int(path.name[5:]):
         raise ValueError(f"it was written as that of step {content['step']}")
+    for i, (name, written) in enumerate(content["files"].items()):
+        if i % ranks.world == ranks.rank and sums(path / name) != written:
+            raise ValueError(f"{name} is not what was written")
     return {**content, "path": path}
 
 
 def newest_checkpoint(out, ranks):
-    """Return the manifest of the newest checkpoint that is whole, None where there is none. Ranks share the reading.
+    """Return the manifest of the newest checkpoint that is whole, None where there is none.
 
     UserError if none of several is whole, RunError if the ranks do not see the same folder.
     """
     found = checkpoints(out)
     check_same([path.name for path in found], f"checkpoints: --out {out} has to be a folder that all nodes see")
     for path in found:
+        saved = damage = None
         try:
-            saved, reason = read_manifest(path), None
-            for i, (name, written) in enumerate(saved["files"].items()):
-                if i % ranks.world == ranks.rank and sums(path / name) != written:
-                    reason = f"{name} is not what was written"
+            saved = read_manifest(path, ranks)
         except (OSError, ValueError, LookupError, TypeError) as e:
-            reason = str(e) if type(e) is ValueError else type(e).__name__
-        reason = next(filter(None, gather(reason)), None)
-        if not reason:
+            damage = str(e) if type(e) is ValueError else type(e).__name__
+        damage = next(filter(None, gather(damage)), None)
+        if not damage:
             return saved
-        ranks.say(f"note: {path} is damaged ({reason}); looking for the one before it")
+        ranks.say(f"note: {path} is damaged ({damage}); looking for the one before it")
     need(not found, f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
 
 
-def load_state(saved, model):
-    """Return {"parameters": by name, "scales"} of a checkpoint; what is not used is not read from its files."""
+@torch.no_grad()
+def restore(saved, model, optimizer, scales, c, shards=None):
+    """Restore weights and scales, and to go on training Adam's moments, by name and bit for bit.
+
+    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
+    """
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value, f"{saved['path']} holds a model with {name} = {was}, but {name} = {value} "
              f"is asked for: use the --model and --data that it was trained with")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
-    return {"parameters": {name: kept for part in parts for name, kept in part["parameters"].items()},
-            "scales": next((part["scales"] for part in parts if part["scales"]), None)}
-
-
-@torch.no_grad()
-def restore_weights(state, model):
+    kept = {name: values for part in parts for name, values in part["parameters"].items()}
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        p.copy_(state["parameters"][name]["weight"])
-
-
-def restore_scales(state, saved, scales, c):
-    """Restore the weight scales bit for bit, or a resumed run would differ from an uninterrupted one. Measure them
-    if the recipe is another one now, or if a weight exceeds what its scale allows."""
+        if not shards or shards.mine(p):
+            p.copy_(kept[name].pop("weight"))
+        for key, value in kept[name].items() if c.resume and p in group_of else ():
+            # A step count lies on the CPU, but for PyTorch's fused AdamW.
+            device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
+            optimizer.state[p][key] = value.to(device, copy=True)
     if scales:
-        if saved["config"]["fp8"] == c.fp8:
-            scales.load_state_dict(state["scales"])
+        same = saved["config"]["fp8"] == c.fp8
+        if same:
+            scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
         exceeded = all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1   # on any rank
-        if saved["config"]["fp8"] != c.fp8 or exceeded:
+        if not same or exceeded:
             scales.rescale()
-
-
-def restore_training(state, saved, model, optimizer, scales, progress, c, read, say):
-    """Restore moments and scales, as far as they hold under the options and data of today."""
-    changed = {name for name, value in saved["config"].items() if getattr(c, name, value) != value}
-    if saved["read"] != read:
-        say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
-            *saved["read"], *read))
-    same_loss = saved["read"] == read and not changed & {"data", "seq", "batch", "eval_batches"}
-    progress.best = tuple(progress.best) if same_loss else Progress.best
-    if changed & {"beta1", "beta2"}:   # no bound of Adam's steps holds for moments of two kinds
-        say("note: Adam's moments begin anew, for they were means under other betas")
-        progress.updates = 0
-    names = {p: name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups if progress.updates else ():   # settings are those of this run
-        for p in group["params"]:
-            for key, value in state["parameters"][names[p]].items():
-                if key != "weight":   # a step count lies on the CPU, but for PyTorch's fused AdamW
-                    device = p.device if key != "step" or group.get("fused") else "cpu"
-                    optimizer.state[p][key] = value.to(device, copy=True)
-    restore_scales(state, saved, scales, c)
 
 
 def check_folders(c):
@@ -1104,15 +1073,16 @@ def check_folders(c):
         nearest = next(p for p in (path, *path.parents) if p.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
-    for path in (Path.cwd(), Path(c.data or ".")):
-        need(not path.resolve().is_relative_to(Path(c.out).resolve()), f"--out {c.out} holds {path}, and is renamed "
-             f"when another run begins in it: give a folder of its own")
+    for path in (Path.cwd(), Path(c.data or ".").resolve()):
+        need(not path.is_relative_to(c.out), f"--out {c.out} holds {path}, and is renamed when another run begins in "
+                                             f"it: give a folder of its own")
     need(not c.tensorboard or find_spec("tensorboard"),
          "--tensorboard needs tensorboard: pip install tensorboard, or leave it out")
 
 
 def lock(out, files):
-    """Lock a folder for this run, until `files` closes. UserError if another run holds it."""
+    """Make a folder and lock it for this run, until `files` closes. UserError if another run holds it."""
+    out.mkdir(parents=True, exist_ok=True)
     with suppress(ImportError):   # Windows
         import fcntl
         held = files.enter_context(open(out / ".lock", "a"))
@@ -1137,94 +1107,78 @@ def read_log(path):
     return pairs
 
 
-class Log:
-    """log.jsonl in a folder that is this run's alone, and tensorboard's copy of it."""
+@contextmanager
+def run_folder(c, ranks, step):
+    """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and tensorboard's copy of it.
 
-    def __init__(self, out, c, ranks, step, files):
-        """Move an earlier run aside, or cut off what it left after its last checkpoint, that of `step`."""
-        self.say, path = ranks.say, out / "log.jsonl"
-        name = device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        self.about = {   # what one has to know to repeat the run, in the first line
-            "command": shlex.join(sys.argv), "config": asdict(c), "hardware": f"{ranks.world} x {name}",
-            "torch": torch.__version__, "triton": sys.modules["triton"].__version__ if HAS_TRITON else None,
-            "python": sys.version.split()[0]}
-        try:
-            if out.exists():
-                lock(out, files)
-            if not c.resume and (path.exists() or checkpoints(out)):
+    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`.
+    """
+    if ranks.rank:
+        yield lambda record: None
+        return
+    out, board = Path(c.out), None
+    with ExitStack() as files:
+        with blaming(f"--out {out}"):
+            lock(out, files)
+            if not c.resume and ((out / "log.jsonl").exists() or checkpoints(out)):
                 names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
                 earlier = out.rename(next(name for name in names if not name.exists()))
-                self.say(f"an earlier run in {out} was moved to {earlier}")
-            if not out.exists():
-                out.mkdir(parents=True)
+                ranks.say(f"an earlier run in {out} was moved to {earlier}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
                 shutil.rmtree(unfinished)
-            for newer in checkpoints(out):
-                if int(newer.name[5:]) > step:   # damaged, else it would have been taken
-                    self.say(f"note: {newer} is now called {newer.rename(newer.with_suffix('.damaged')).name}")
-            kept = [line for line, record in read_log(path) if record.get("step", 0) <= step]
-            path.with_suffix(".tmp").write_text("".join(kept))
-            os.replace(path.with_suffix(".tmp"), path)
-            self.file, self.board = files.enter_context(open(path, "a", buffering=1)), None
+            for path in checkpoints(out):
+                if int(path.name[5:]) > step:   # damaged, else it would have been taken
+                    path.rename(path.with_suffix(".damaged"))
+            before = [line for line, record in read_log(out / "log.jsonl") if record.get("step", 0) <= step]
+            (out / "log.tmp").write_text("".join(before))
+            os.replace(out / "log.tmp", out / "log.jsonl")
+            file = files.enter_context(open(out / "log.jsonl", "a", buffering=1))
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None)
-        except OSError as e:
-            raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
+                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None))
+        about = {   # what one has to know to repeat the run, in the first line
+            "command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
+            "hardware": f"{ranks.world} x {device_name(ranks.device)}", "python": sys.version.split()[0],
+            "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}
 
-    def write(self, record):
-        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}   # JSON has no NaN
-        where = "the log"
-        try:
-            self.file.write(json.dumps({**finite, **self.about}) + "\n")
-            self.about, where = {}, "--tensorboard"
-            for key, value in record.items() if self.board else ():
-                self.board.add_scalar(key, value, record["step"])
-        except OSError as e:
-            self.say(f"warning: step {record['step']} is not in {where} ({e.strerror}): make room for it")
+        def log(record):
+            finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
+            try:
+                file.write(json.dumps({**finite, **about}) + "\n")
+                about.clear()
+                for key, value in record.items() if board else ():
+                    board.add_scalar(key, value, record["step"])
+            except OSError as e:
+                ranks.say(f"warning: step {record['step']} is not in log.jsonl or --tensorboard ({e.strerror})")
+        yield log
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
-def report(c, ranks):
+def report(config):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing.
 
-    Several recipes in --fp8 are compared at the same weights, where chance has no part: the loss, and the error of
-    the gradient of that, ||g - g_first|| / ||g_first||, with g_first of the first recipe.
+    Several recipes in --fp8 are compared at the same weights: the loss, and the error of the gradient of that,
+    ||g - g_first|| / ||g_first||, with g_first of the first recipe.
     """
-    saved = newest_checkpoint(Path(c.out), ranks)
-    need(saved, f"there is no checkpoint in {c.out}: check --out, or train first")
-    recall(c, saved["config"], ranks.say)
-    c, first = resolve(c, ranks.device, 1), None
-    recipes = [replace(c, fp8=fp8) for fp8 in c.fp8.split(",")]
+    ranks, c, saved = start(config)
+    recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 or ranks.world == 1, "--eval-only of several recipes: run it without torchrun")
-    model, _, batches = build(recipes[0], ranks.device)
-    for recipe in recipes:
-        model = model or make_model(recipe, ranks.device, batches.vocab)   # the first is there
-        state = load_state(saved, model)
-        restore_weights(state, model)
-        scales = make_scales(model, make_optimizer(model, recipe), recipe)
-        restore_scales(state, saved, scales, recipe)
-        requantize(model, scales)
+    for fp8 in recipes:
+        run = prepare(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:
-            ranks.say(sample(model, batches, ranks.device, c.seed, c.sample))
-        elif len(recipes) == 1:
-            loss = evaluate(model, batches, ranks)
-            ranks.say(f"{saved['path']}: step {saved['step']}, validation loss {loss:.4f}, perplexity "
-                      f"{np.exp(loss):.3f}, {numerics(c.fp8, ranks.device)}")
-        else:
-            loss = 0.0
-            for i in range(c.eval_batches):   # gradients add up
-                one = model(*batches.evaluation(i, ranks.device)) / c.eval_batches
-                one.backward()
-                loss += one.item()
-            gradient = [p.grad for p in model.parameters()]
-            first = first or gradient
+            ranks.say(sample(run.model, run.val_batches, ranks.device, c.seed, c.sample))
+            return
+        loss = evaluate(run.model, run.val_batches, ranks, gradient=len(recipes) > 1)
+        gradient = [p.grad for p in run.model.parameters()]
+        first, line = first or gradient, f"{saved['path']}  {numerics(fp8, ranks.device)}  {fp8:8}  loss {loss:.4f}"
+        if len(recipes) > 1:
             error = get_total_norm([g - g0 for g, g0 in zip(gradient, first)]) / get_total_norm(first)
-            ranks.say(f"{saved['path']}  {recipe.fp8:8}  loss {loss:.4f}  gradient {error:.2%} off")
-        model = gradient = None
+            line += f"  gradient {error:.2%} off"
+        ranks.say(line)
+        run = gradient = None
         gc.collect()   # a compiled model refers to itself: the next one needs its memory
 
 
@@ -1241,27 +1195,25 @@ def plot_runs(folders, path):
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
 
 
-COLUMNS = {  # of the table that --bench prints: format
-    "fwd+bwd ms": "12.2f", "optimizer ms": "14.2f", "tokens/s": "12,.0f", "MFU": "8.1%", "x none": "8.3f",
-    "peak GiB": "10.2f", "kept GiB": "10.3f", "compile s": "11.1f"}
+COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU": ".1%", "x none": ".3f",
+           "peak GiB": ".2f"}   # of the table that --bench prints: format
 
 
 def bench(c, device):
     """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}. Writes no files.
 
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the first and
-    one of the second, `x none` the first alone. `kept` is what a forward pass leaves for the backward pass, and
-    `compile` what the first step took longer than the others.
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the first
+    and one of the second, `x none` the first alone.
     """
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x {c.seq} "
           f"tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
-          + "".join(f"{title:>{re.match('[0-9]+', form)[0]}}" for title, form in COLUMNS.items()))
+          + "".join(f"{title:>14}" for title in COLUMNS))
     rows = {}
     for fp8 in c.fp8.split(","):
         rows[fp8] = row = bench_recipe(replace(c, fp8=fp8), device)
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
         row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
-        print(f"{fp8:8}" + "".join(f"{row[title]:{form}}" for title, form in COLUMNS.items()), flush=True)
+        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()), flush=True)
     return rows
 
 
@@ -1273,15 +1225,13 @@ def bench_recipe(c, device):
     requantize(model, scales)
     inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
     gpu, times = device.type == "cuda", []
-    wait, memory = (torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu else (lambda: None, lambda: math.nan)
+    wait = torch.cuda.synchronize if gpu else lambda: None
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     for step in range(c.steps + 3):   # the first three warm up
         wait()
-        start, before = time.perf_counter(), memory()
-        loss = model(inputs, targets)
-        kept = memory() - before
-        loss.backward()
+        start = time.perf_counter()
+        model(inputs, targets).backward()
         wait()
         middle = time.perf_counter()
         update_weights(optimizer, model, scales, c.lr, step + 1, c)
@@ -1289,11 +1239,10 @@ def bench_recipe(c, device):
         times.append((middle - start, time.perf_counter() - middle))
         optimizer.zero_grad()
     forward_backward, update = (statistics.median(column) for column in zip(*times[3:]))
-    tokens, seconds = c.accum * c.batch * c.seq, c.accum * forward_backward + update
-    return {"fwd+bwd ms": 1e3 * forward_backward, "optimizer ms": 1e3 * update, "tokens/s": tokens / seconds,
-            "MFU": mfu(model, tokens / seconds, device).get("mfu", math.nan), "kept GiB": kept / 2**30,
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan,
-            "compile s": times[0][0] - forward_backward}
+    speed = c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
+    return {"fwd+bwd ms": 1e3 * forward_backward, "optimizer ms": 1e3 * update, "tokens/s": speed,
+            "MFU": mfu(model, speed, device).get("mfu", math.nan),
+            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan}
 
 
 def main(argv=None):
@@ -1303,10 +1252,10 @@ def main(argv=None):
         if config.plot:
             plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
         elif config.bench:
-            device = start_ranks(config.device).device
-            bench(resolve(config, device, 1), device)
+            ranks, config, _ = start(config)
+            bench(config, ranks.device)
         elif config.eval_only or config.sample is not None:
-            report(config, start_ranks(config.device))
+            report(config)
         else:
             train(config)
         return 0
@@ -1337,15 +1286,10 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     code = main()
-    try:
-        sys.stdout and sys.stdout.flush()
-    except OSError:   # Python would try once more, and exit with another code
-        sys.stdout = None
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:   # a checkpoint is being written
                 thread.join()
-        sys.stderr.flush()
         os._exit(code)
     if dist.is_initialized():
         gc.collect()   # frees DDP: what still holds the process group keeps its threads running into Python's end
