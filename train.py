@@ -14,6 +14,8 @@ same `--accum`, so do runs on any number of GPUs. Reading order: the options; wh
 what the loop calls (what is watched, data, several ranks, the run's folder); what there is besides training.
 """
 import argparse
+import bisect
+import fcntl
 import gc
 import glob
 import itertools
@@ -31,7 +33,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -86,8 +88,7 @@ class Config:
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
     layers: int = opt(None, "blocks of the model (default: the preset's)")
-    data: str = opt(None, "folder of .bin, .npy or text files, one file, or a pattern in quotes: 'tokens/*.bin' "
-                          "(default: Python's standard library)")
+    data: str = opt(None, "folder, file or 'pattern' of .bin, .npy or text (default: Python's own source)")
     out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, never overwritten")
     steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
@@ -111,8 +112,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    shard: bool = opt(False, "ranks keep FP32 weights and Adam's moments of their share of the layers alone "
-                             "(ZeRO-1), and exchange FP8 weights; for --fp8 moss")
+    shard: bool = opt(False, "each rank keeps only its share of FP32 weights and moments (ZeRO-1); for moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
@@ -120,7 +120,7 @@ class Config:
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
-    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens")
+    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all) on random tokens")
     given = ()   # no option: the names of those that the command line gave
 
 
@@ -164,8 +164,7 @@ def recall(c, saved, say):
         if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
-            need(name not in ("beta1", "beta2"), f"--{name} was {value}, and Adam's moments are means under it: "
-                                                 f"leave --{name} out, or begin another run")
+            need(name not in ("beta1", "beta2"), f"--{name} was {value}, which Adam's moments depend on: leave it out")
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -189,15 +188,13 @@ def resolve(c, device, world):
     for name, (least, most) in LIMITS.items():
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    need(c.batch * max(c.seq, c.eval_batches) < 2**31,
-         f"--batch {c.batch}: with --seq {c.seq} and --eval_batches {c.eval_batches} no machine holds it, lower it")
-    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which --fp8 {c.fp8} "
-         f"needs to sum over them: change --batch or --seq")
-    need(c.accum % world == 0, f"--accum {c.accum} micro-batches do not divide by {world} ranks: use --accum "
-                               f"{-(-c.accum // world) * world}")
+    need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch} fits into no machine: lower it")
+    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0, f"--batch {c.batch} x --seq {c.seq} is not a multiple "
+         f"of 16 tokens, which --fp8 {c.fp8} needs to sum over them: change --batch or --seq")
+    need(c.accum % world == 0,
+         f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
-         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: no rank has all weights")
+         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: leave it out")
     return c
 
 
@@ -227,10 +224,8 @@ def make_scales(model, optimizer, c):
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
     if model.recipe.weight_scale == "predicted":
-        try:
+        with blaming(f"--fp8 {c.fp8} cannot predict weight scales, use --fp8 tensor"):
             check_optimizer(optimizer)
-        except ValueError as e:
-            raise UserError(f"--fp8 {c.fp8} cannot predict weight scales: {e}; or use --fp8 tensor") from None
     weights = [layer.weight for layer in model.linears()]
     return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
 
@@ -305,14 +300,14 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
 
 def evaluate(model, batches, ranks, gradient=False):
     """Return the mean validation loss in nats per token, over all ranks. With `gradient`, add up its gradients."""
-    total, batches_in_all = torch.zeros((), device=ranks.device), batches.config.eval_batches
+    total, count = torch.zeros((), device=ranks.device), batches.config.eval_batches
     with torch.set_grad_enabled(gradient):
-        for i in range(ranks.rank, batches_in_all, ranks.world):
+        for i in range(ranks.rank, count, ranks.world):
             loss = model(*batches.evaluation(i, ranks.device))
             if gradient:
                 loss.backward()
             total += loss.detach()
-    return all_reduce(total).item() / batches_in_all
+    return all_reduce(total).item() / count
 
 
 def train(config):
@@ -390,8 +385,9 @@ def loop(run, log):
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "skipped": progress.skipped,
-                      "tokens_per_s": round(speed, 1), **mfu(model, speed / ranks.world, device), **health,
-                      **({"val_loss": run.val_loss} if evaluating else {})}
+                      "tokens_per_s": round(speed, 1), **health, **({"val_loss": run.val_loss} if evaluating else {})}
+            if math.isfinite(utilization := mfu(model, speed / ranks.world, device)):
+                record["mfu"] = round(utilization, 4)
             log(record)
             say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
@@ -434,7 +430,8 @@ def make_model(c, device, vocab=None):
     """Return the Transformer. On a GPU BF16 is compiled whole; under FP8 model.py compiles what is not ours."""
     preset = PRESETS[c.model]
     with blaming(f"--model {c.model}"), torch.device(device):
-        model = Transformer(replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab), c.fp8, c.recompute)
+        config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
+        model = Transformer(config, c.fp8, c.recompute)
     if device.type == "cuda" and c.fp8 == "none":
         model.compile(dynamic=False)
     return model
@@ -474,18 +471,19 @@ def prepare(c, ranks, saved=None):
 # What is watched
 
 def scale_health(model, scales, shards=None):
-    """Return, for the log, predicted / true weight scale (below 1 weights saturate), and the means over the layers
-    of the shares of values that saturate or that folding changes (model.py)."""
-    health, layers = {}, model.linears()
+    """Return, for the log, the largest and least headroom, predicted / true weight scale, and the means over the
+    layers of the shares of values that saturate or that folding changes (model.py)."""
+    health = {}
     if scales is not None:
         ratio = scales.headroom()
         mine = torch.tensor([shards is None or shards.mine(w) for w in scales.weights], device=ratio.device)
         ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
         most, minus_least = (all_reduce(ends, dist.ReduceOp.MAX) if shards else ends).tolist()
         health.update(scale_ratio=most, scale_ratio_min=-minus_least)
-    for key in dict.fromkeys(key for layer in layers for key in layer.health or ()):
-        health[key] = torch.stack([layer.health[key] for layer in layers if key in (layer.health or ())]).mean().item()
-    for layer in layers:
+    records = [layer.health for layer in model.linears() if layer.health]
+    for key in dict.fromkeys(key for record in records for key in record):
+        health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
+    for layer in model.linears():
         layer.health = None   # so that no evaluation is counted
     return health
 
@@ -515,8 +513,7 @@ def progress_line(record, c, seconds_left):
              "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of those in wgrad
              "val_loss": "validation loss {val_loss:.4f}"}
     shown = "  ".join(text.format(**record) for key, text in parts.items() if key in record)
-    left = timedelta(seconds=round(seconds_left))
-    return f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  {shown}  {left} left"
+    return f"step {record['step']}/{c.steps}  {shown}  {timedelta(seconds=round(seconds_left))} left"
 
 
 def device_name(device):
@@ -535,9 +532,9 @@ BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100
 
 
 def mfu(model, tokens_per_s, device):
-    """Return {"mfu": the share of the BF16 peak that a rank's FLOPs reach}, {} where the peak is not known."""
-    peak = next((1e12 * peak for part, peak in BF16_PEAK.items() if part in device_name(device)), None)
-    return {"mfu": round(tokens_per_s * flops_per_token(model) / peak, 4)} if peak else {}
+    """Return the share of the BF16 peak that a rank's FLOPs reach; NaN where the peak is not known."""
+    peak = next((peak for part, peak in BF16_PEAK.items() if part in device_name(device)), math.nan)
+    return tokens_per_s * flops_per_token(model) / (1e12 * peak)
 
 
 def sample(model, batches, device, seed, prompt=None, count=200):
@@ -549,8 +546,8 @@ def sample(model, batches, device, seed, prompt=None, count=200):
         ids = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
-    need(0 <= min(ids, default=-1) <= max(ids, default=-1) < model.config.vocab,
-         f"--sample {prompt}: this model was trained on token ids below {model.config.vocab}, give some of them")
+    need(ids and all(0 <= i < model.config.vocab for i in ids),
+         f"--sample {prompt}: this model reads token ids below {model.config.vocab}, give some of them")
     generator = torch.Generator(device).manual_seed(seed)
     tokens = model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
@@ -564,23 +561,24 @@ class Tokens:
 
     def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
         self.files, self.dtype = [file for file in files if file[2]], np.dtype(dtype)
-        self.ends = np.cumsum([0, *(count for _, _, count in self.files)])[1:]
+        self.ends = list(itertools.accumulate(count for _, _, count in self.files))
 
     def __len__(self):
-        return int(self.ends[-1]) if self.files else 0
+        return self.ends[-1] if self.ends else 0
 
-    def file_of(self, position):
-        return int(np.searchsorted(self.ends, position, side="right"))
-
-    def read(self, start, count):
-        """Return tokens start ... start + count - 1 as int64, across file boundaries."""
+    def read(self, start, count, vocab=None):
+        """Return tokens start ... start + count - 1 as int64. UserError for one outside the vocabulary."""
         pieces, stop = [], start + count
         while start < stop:
-            i = self.file_of(start)
+            i = bisect.bisect(self.ends, start)
             path, offset, size = self.files[i]
-            skip, take = start - int(self.ends[i]) + size, min(stop, int(self.ends[i])) - start
-            pieces.append(np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
-                                    self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64))
+            skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
+            piece = np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
+                              self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64)
+            for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
+                raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: are "
+                                f"these the data for this --model?")
+            pieces.append(piece)
             start += take
         return np.concatenate(pieces)
 
@@ -589,18 +587,16 @@ def token_file(path):
     """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
-        with blaming(f"--data: {path} is not written by numpy.save"):
-            array = np.lib.format.open_memmap(path, mode="r")
-        need(array.ndim == 1 and array.dtype.kind in "iu", f"--data: {path} holds {array.dtype} of shape "
-             f"{array.shape}: tokens are a one-dimensional array of integers")
+        array = np.lib.format.open_memmap(path, mode="r")
+        need(array.ndim == 1 and array.dtype.kind in "iu",
+             f"--data: {path} holds {array.dtype} of shape {array.shape}, not one row of integers")
         return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c and modded-nanogpt: magic, version, number of tokens
     is_shard = len(header) > 2 and header[0] == 20240520
     need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
-         f"--data: {path} has {size} bytes and begins with {header[:3]}: uint16 tokens are read, and whole shards of "
-         f"version 1; copy it again")
+         f"--data: {path} is no file of uint16 tokens and no whole shard of version 1: copy it again")
     return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
 
 
@@ -617,6 +613,9 @@ def files_below(root):
     return found
 
 
+NAMES_OF_RUNS = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # what they write is no data
+
+
 def data_files(source):
     """Return (the files that --data names, each once, in a fixed order; the folder that holds them)."""
     root = Path(source or sysconfig.get_paths()["stdlib"])
@@ -628,9 +627,8 @@ def data_files(source):
         if "**" in root.parts:   # glob passes over folders that cannot be read: this does not
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    of_runs = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # names of what runs write
     once = {os.path.realpath(p): p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
-            and not any(re.fullmatch(of_runs, part) for part in p.relative_to(top).parts)}
+            and not any(re.fullmatch(NAMES_OF_RUNS, part) for part in p.relative_to(top).parts)}
     files = sorted(once.values(), key=lambda p: p.parts)
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zero bytes
@@ -645,24 +643,20 @@ def open_data(source):
     """
     paths, top = data_files(source)
     files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
-    total = sum(count for _, _, count in files)
+    total, kinds = sum(count for _, _, count in files), sorted({str(dtype) for dtype in dtypes})
     need(total, f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
-    need(len(set(dtypes)) == 1, f"--data {source} mixes {' and '.join(sorted({str(d) for d in dtypes}))} tokens: "
-                                f"keep one kind per folder")
+    need(len(kinds) == 1, f"--data {source} mixes {' and '.join(kinds)} tokens: keep one kind per folder")
     dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
     held_out = [source is not None and len(paths) > 1 and bool(re.fullmatch(word, n, re.I | re.S)) for n in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
-    if any(held_out):
-        parts = [[file for file, out in zip(files, held_out) if out == wanted] for wanted in (False, True)]
-    else:
-        parts, left = ([], []), int(total * (1 - 0.05))   # the file at the cut is in both parts
-        for path, offset, count in files:
-            take = min(left, count)
-            parts[0].append((path, offset, take))
-            parts[1].append((path, offset + take * dtype.itemsize, count - take))
-            left -= take
+    left, parts = int(total * (1 - 0.05)), ([], [])
+    for (path, offset, count), out in zip(files, held_out):
+        take = count * (not out) if any(held_out) else min(left, count)   # one file may be cut in two
+        parts[0].append((path, offset, take))
+        parts[1].append((path, offset + take * dtype.itemsize, count - take))
+        left -= take
     return *(Tokens(part, dtype) for part in parts), 256 if dtype == np.uint8 else None
 
 
@@ -696,13 +690,9 @@ class Batches:
         self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now, not later
 
     def load(self, starts, device=torch.device("cpu")):
-        """Return inputs, targets (B, seq) int64. UserError for a token that the model does not know."""
-        windows = np.stack([self.tokens.read(int(start), self.config.seq + 1) for start in starts])
-        for i, j in np.argwhere((windows >= self.vocab) | (windows < 0))[:1]:
-            path = self.tokens.files[self.tokens.file_of(int(starts[i]) + int(j))][0]
-            raise UserError(f"token id {windows[i, j]} in {path} is outside the model's vocabulary of "
-                            f"{self.vocab}: is this the right data for --model {self.config.model}?")
-        windows = torch.from_numpy(windows)
+        """Return inputs, targets (B, seq) int64."""
+        windows = [self.tokens.read(int(start), self.config.seq + 1, self.vocab) for start in starts]
+        windows = torch.from_numpy(np.stack(windows))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
@@ -768,16 +758,16 @@ class Ranks:
 def start_ranks(name):
     """Return the Ranks of this process, which joins the others if torchrun started it.
 
-    PyTorch keeps the starts of torchrun apart by the number of restarts. (A node that joins or leaves is not
-    counted as one: then start all of them anew.)
+    PyTorch tells the starts of torchrun apart by the number of restarts. A node that joins or leaves is not
+    counted as one: then start all of them anew.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    gpu = device.type == "cuda"
+    gpu, count = device.type == "cuda", torch.cuda.device_count()
+    need(not gpu or device.index < count, f"--device {name}: {device} is not among the {count} GPUs that PyTorch "
+                                          f"sees: use --device cpu or start fewer ranks")
     if gpu:
-        need(device.index < torch.cuda.device_count(), f"--device {name}: {device} is not there, PyTorch sees "
-             f"{torch.cuda.device_count()} GPUs: use --device cpu or start fewer ranks")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
@@ -916,15 +906,16 @@ def last_good(out):
 
 
 def own_state(run):
-    """Return copies, in the CPU's memory, of what this rank writes to a checkpoint: weight and moments of the
-    parameters that it owns, by name. Training waits for it: for 10 GB one thread takes 6 s, and eight take 0.8 s."""
+    """Return copies, in the CPU's memory, of the weights and moments that this rank writes to a checkpoint."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
         return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
-    with ThreadPoolExecutor(8) as pool:
-        own = {name: {key: pool.submit(copy, x) for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
-               for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
-    own = {name: {key: copied.result() for key, copied in kept.items()} for name, kept in own.items()}
-    return {"parameters": own, "scales": run.scales.state_dict() if run.scales and run.ranks.rank == 0 else None}
+    own = {}
+    with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
+        for name, p in run.model.named_parameters():
+            if run.owner[p] == run.ranks.rank:
+                kept = {"weight": p.data, **run.optimizer.state.get(p, {})}
+                own[name] = dict(zip(kept, pool.map(copy, kept.values())))
+    return {"parameters": own, "scales": run.scales.state_dict() if run.scales and not run.ranks.rank else None}
 
 
 def sums(path):
@@ -936,9 +927,8 @@ def sums(path):
 class Saver:
     """Write checkpoints in the background, while training goes on. All ranks call its methods together.
 
-    Each rank writes a file with what it owns into step_00000100.tmp/. When the files of all are whole, rank 0
-    writes manifest.json, with their sizes and checksums, and renames the folder: a crash leaves a whole checkpoint
-    or none.
+    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
+    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
     """
 
     def __init__(self, out, keep, ranks):
@@ -958,11 +948,20 @@ class Saver:
         return self.ok
 
     def write(self, own, content):
-        """Write this rank's file and, when those of all ranks are whole, let rank 0 commit. This is the thread."""
+        """Write this rank's file and, when those of all ranks are whole, the manifest."""
         folder = self.out / f"step_{content['step']:08}.tmp"
+        path = folder / f"rank_{self.ranks.rank}.pt"
         try:
-            files = dict(self.on_all_ranks(lambda: self.write_file(folder, own)))
-            self.on_all_ranks(lambda: self.ranks.rank or self.commit(folder, {**content, "files": files}))
+            with self.agreeing():
+                folder.mkdir(exist_ok=True)
+                torch.save(own, path)
+                with open(path) as f:
+                    os.fsync(f.fileno())
+                written = path.name, sums(path)
+            files = dict(gather(written, self.group))
+            with self.agreeing():
+                if self.ranks.rank == 0:
+                    self.commit(folder, {**content, "files": files})
             self.ok = True
         except Exception as e:   # nothing may pass for success here
             self.ok = False
@@ -970,25 +969,16 @@ class Saver:
                            f"in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
 
-    def on_all_ranks(self, action):
-        """Return the list of what action() returned on each rank. RunError on all of them if it failed on one."""
+    @contextmanager
+    def agreeing(self):
+        """Let what fails on one rank fail on all of them."""
+        error = None
         try:
-            result, error = action(), None
+            yield
         except Exception as e:   # a full disk is a RuntimeError of torch.save
-            result, error = None, f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        results, errors = zip(*gather((result, error), self.group))
-        if any(errors):
-            raise RunError(next(filter(None, errors)))
-        return results
-
-    def write_file(self, folder, own):
-        """Return (its name, its size and checksum)."""
-        folder.mkdir(exist_ok=True)
-        path = folder / f"rank_{self.ranks.rank}.pt"
-        torch.save(own, path)
-        with open(path) as f:
-            os.fsync(f.fileno())
-        return path.name, sums(path)
+            error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        for error in filter(None, gather(error, self.group)):
+            raise RunError(error)
 
     def commit(self, folder, content):
         """Write the manifest, rename the folder, remove old ones."""
@@ -997,13 +987,12 @@ class Saver:
             f.flush()
             os.fsync(f.fileno())
         os.rename(folder, folder.with_suffix(""))
-        for old in checkpoints(self.out)[self.keep:]:
-            gone = old.rename(old.with_suffix(".tmp"))   # what is half removed must not look whole
-            shutil.rmtree(gone, ignore_errors=True)
+        for old in checkpoints(self.out)[self.keep:]:   # what is half removed must not look whole
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
 
 
 def read_manifest(path, ranks):
-    """Return its content. ValueError, OSError or a LookupError unless all is as it was written; ranks share reading."""
+    """Return what the manifest says of a checkpoint, of whose files each rank checks some. Raise what is wrong."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
@@ -1024,15 +1013,15 @@ def newest_checkpoint(out, ranks):
     found = checkpoints(out)
     check_same([path.name for path in found], f"checkpoints: --out {out} has to be a folder that all nodes see")
     for path in found:
-        saved = damage = None
+        damage = None
         try:
             saved = read_manifest(path, ranks)
         except (OSError, ValueError, LookupError, TypeError) as e:
-            damage = str(e) if type(e) is ValueError else type(e).__name__
-        damage = next(filter(None, gather(damage)), None)
-        if not damage:
+            damage = f"{type(e).__name__}: {e}"
+        damages = list(filter(None, gather(damage)))
+        if not damages:
             return saved
-        ranks.say(f"note: {path} is damaged ({damage}); looking for the one before it")
+        ranks.say(f"note: {path} is damaged ({damages[0]}); looking for the one before it")
     need(not found, f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
 
 
@@ -1044,26 +1033,24 @@ def restore(saved, model, optimizer, scales, c, shards=None):
     """
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
-        need(name == "seq" or was == value, f"{saved['path']} holds a model with {name} = {was}, but {name} = {value} "
-             f"is asked for: use the --model and --data that it was trained with")
+        need(name == "seq" or was == value, f"{saved['path']} is of a model with {name} = {was}, not {value}: use the "
+                                            f"--model, --layers and --data that it was trained with")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
+        weight = kept[name].pop("weight")
         if not shards or shards.mine(p):
-            p.copy_(kept[name].pop("weight"))
+            p.copy_(weight)
         for key, value in kept[name].items() if c.resume and p in group_of else ():
             # A step count lies on the CPU, but for PyTorch's fused AdamW.
             device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
             optimizer.state[p][key] = value.to(device, copy=True)
-    if scales:
-        same = saved["config"]["fp8"] == c.fp8
-        if same:
-            scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
-        exceeded = all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1   # on any rank
-        if not same or exceeded:
-            scales.rescale()
+    if scales and saved["config"]["fp8"] == c.fp8:
+        scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
+    if scales and all_reduce(scales.headroom().min().neg(), dist.ReduceOp.MAX) > -1:   # on any rank
+        scales.rescale()
 
 
 def check_folders(c):
@@ -1074,35 +1061,32 @@ def check_folders(c):
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
     for path in (Path.cwd(), Path(c.data or ".").resolve()):
-        need(not path.is_relative_to(c.out), f"--out {c.out} holds {path}, and is renamed when another run begins in "
-                                             f"it: give a folder of its own")
-    need(not c.tensorboard or find_spec("tensorboard"),
-         "--tensorboard needs tensorboard: pip install tensorboard, or leave it out")
+        need(not path.is_relative_to(c.out), f"--out {c.out}, which another run may rename, holds {path}: "
+                                             f"give a folder of its own")
+    need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs tensorboard: pip install tensorboard")
 
 
 def lock(out, files):
     """Make a folder and lock it for this run, until `files` closes. UserError if another run holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    with suppress(ImportError):   # Windows
-        import fcntl
-        held = files.enter_context(open(out / ".lock", "a"))
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-        except OSError:   # a file system without locks: do without
-            pass
+    held = files.enter_context(open(out / ".lock", "a"))
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
+    except OSError:   # a file system without locks: do without
+        pass
 
 
 def read_log(path):
-    """Return (line, record) for the lines of a log. The record is {} for what a user wrote; a last line that a crash
-    cut short is left out."""
+    """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     pairs = []
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
-        record = None
-        with suppress(ValueError):
+        try:
             record = json.loads(line)
-        if line.endswith("\n"):
+        except ValueError:
+            record = None
+        if line.endswith("\n"):   # else a crash cut it short
             pairs.append((line, record if isinstance(record, dict) else {}))
     return pairs
 
@@ -1116,31 +1100,30 @@ def run_folder(c, ranks, step):
     if ranks.rank:
         yield lambda record: None
         return
-    out, board = Path(c.out), None
+    out, path, board = Path(c.out), Path(c.out, "log.jsonl"), None
     with ExitStack() as files:
         with blaming(f"--out {out}"):
             lock(out, files)
-            if not c.resume and ((out / "log.jsonl").exists() or checkpoints(out)):
+            if not c.resume and (path.exists() or checkpoints(out)):
                 names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
                 earlier = out.rename(next(name for name in names if not name.exists()))
                 ranks.say(f"an earlier run in {out} was moved to {earlier}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
                 shutil.rmtree(unfinished)
-            for path in checkpoints(out):
-                if int(path.name[5:]) > step:   # damaged, else it would have been taken
-                    path.rename(path.with_suffix(".damaged"))
-            before = [line for line, record in read_log(out / "log.jsonl") if record.get("step", 0) <= step]
-            (out / "log.tmp").write_text("".join(before))
-            os.replace(out / "log.tmp", out / "log.jsonl")
-            file = files.enter_context(open(out / "log.jsonl", "a", buffering=1))
+            for newer in checkpoints(out):
+                if int(newer.name[5:]) > step:   # damaged, else it would have been taken
+                    newer.rename(newer.with_suffix(".damaged"))
+            before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
+            path.with_suffix(".tmp").write_text("".join(before))
+            os.replace(path.with_suffix(".tmp"), path)
+            file = files.enter_context(open(path, "a", buffering=1))
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None))
-        about = {   # what one has to know to repeat the run, in the first line
-            "command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
-            "hardware": f"{ranks.world} x {device_name(ranks.device)}", "python": sys.version.split()[0],
-            "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}
+        about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
+                 "hardware": f"{ranks.world} x {device_name(ranks.device)}", "python": sys.version.split()[0],
+                 "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
 
         def log(record):
             finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
@@ -1160,8 +1143,8 @@ def run_folder(c, ranks, step):
 def report(config):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing.
 
-    Several recipes in --fp8 are compared at the same weights: the loss, and the error of the gradient of that,
-    ||g - g_first|| / ||g_first||, with g_first of the first recipe.
+    Several recipes in --fp8 are compared at the same weights: the loss, and the error of its gradient against that
+    of the first recipe, ||g - g_first|| / ||g_first||.
     """
     ranks, c, saved = start(config)
     recipes, first = c.fp8.split(","), None
@@ -1169,12 +1152,12 @@ def report(config):
     for fp8 in recipes:
         run = prepare(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:
-            ranks.say(sample(run.model, run.val_batches, ranks.device, c.seed, c.sample))
-            return
+            return ranks.say(sample(run.model, run.val_batches, ranks.device, c.seed, c.sample))
         loss = evaluate(run.model, run.val_batches, ranks, gradient=len(recipes) > 1)
-        gradient = [p.grad for p in run.model.parameters()]
-        first, line = first or gradient, f"{saved['path']}  {numerics(fp8, ranks.device)}  {fp8:8}  loss {loss:.4f}"
+        line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
         if len(recipes) > 1:
+            gradient = [p.grad for p in run.model.parameters()]
+            first = first or gradient
             error = get_total_norm([g - g0 for g, g0 in zip(gradient, first)]) / get_total_norm(first)
             line += f"  gradient {error:.2%} off"
         ranks.say(line)
@@ -1208,41 +1191,37 @@ def bench(c, device):
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x {c.seq} "
           f"tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
           + "".join(f"{title:>14}" for title in COLUMNS))
-    rows = {}
-    for fp8 in c.fp8.split(","):
-        rows[fp8] = row = bench_recipe(replace(c, fp8=fp8), device)
-        gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
-        row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
-        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()), flush=True)
-    return rows
-
-
-def bench_recipe(c, device):
-    torch.manual_seed(c.seed)
-    model = make_model(c, device)
-    optimizer = make_optimizer(model, c)
-    scales = make_scales(model, optimizer, c)
-    requantize(model, scales)
-    inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
-    gpu, times = device.type == "cuda", []
+    rows, gpu = {}, device.type == "cuda"
     wait = torch.cuda.synchronize if gpu else lambda: None
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(c.steps + 3):   # the first three warm up
-        wait()
-        start = time.perf_counter()
-        model(inputs, targets).backward()
-        wait()
-        middle = time.perf_counter()
-        update_weights(optimizer, model, scales, c.lr, step + 1, c)
-        wait()
-        times.append((middle - start, time.perf_counter() - middle))
-        optimizer.zero_grad()
-    forward_backward, update = (statistics.median(column) for column in zip(*times[3:]))
-    speed = c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
-    return {"fwd+bwd ms": 1e3 * forward_backward, "optimizer ms": 1e3 * update, "tokens/s": speed,
-            "MFU": mfu(model, speed, device).get("mfu", math.nan),
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan}
+    for fp8 in c.fp8.split(","):
+        torch.manual_seed(c.seed)
+        model, times = make_model(replace(c, fp8=fp8), device), []
+        optimizer = make_optimizer(model, c)
+        scales = make_scales(model, optimizer, c)
+        requantize(model, scales)
+        inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(c.steps + 3):   # the first three warm up
+            wait()
+            start = time.perf_counter()
+            model(inputs, targets).backward()
+            wait()
+            middle = time.perf_counter()
+            update_weights(optimizer, model, scales, c.lr, step + 1, c)
+            wait()
+            times.append((middle - start, time.perf_counter() - middle))
+            optimizer.zero_grad()
+        forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
+        speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
+        none = rows.get("none", {"fwd+bwd ms": forward_backward if fp8 == "none" else math.nan})
+        rows[fp8] = dict(zip(COLUMNS, (forward_backward, update, speed, mfu(model, speed, device),
+                                       none["fwd+bwd ms"] / forward_backward,
+                                       torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan)))
+        print(f"{fp8:8}" + "".join(f"{x:>14{form}}" for x, form in zip(rows[fp8].values(), COLUMNS.values())))
+        model = optimizer = scales = None
+        gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
+    return rows
 
 
 def main(argv=None):
@@ -1267,12 +1246,11 @@ def main(argv=None):
         code, message = 1, f"error: {e}"
     except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
-        if re.search("out of memory|DefaultCPUAllocator", str(e)) or isinstance(e, MemoryError):
-            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, which trains the same "
-                       f"in less memory, or add --recompute block; python model.py counts what models need")
+        if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
+            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, which trains the "
+                       f"same in less memory, or add --recompute block")
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
-            message = (f"error: another rank is gone or cannot be reached ({reason}): its messages say why; torchrun "
-                       f"--max-restarts with --resume goes on from the last checkpoint")
+            message = f"error: another rank is gone ({reason}): its messages say why; --resume goes on"
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
