@@ -10,8 +10,8 @@ Train a language model in FP8.
         train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
 
 Runs that differ in `--fp8` alone see the same data in the same order from the same initial weights. With the
-same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the loop;
-what the loop calls (what is watched, data, several ranks, the run's folder); what there is besides training.
+same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the
+loop; what it needs (start-up, what is watched, data, ranks, the run's folder); what else there is.
 """
 import argparse
 import bisect
@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ class Config:
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
     layers: int = opt(None, "blocks of the model (default: the preset's)")
     data: str = opt(None, "folder, file or 'pattern' of .bin, .npy or text (default: Python's own source)")
-    out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, never overwritten")
+    out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, not overwritten")
     steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
     accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)")
@@ -132,16 +133,16 @@ DEFAULTS = {   # batch and learning rate as models of these sizes are usually tr
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
 LIMITS = {   # the least and the most that make sense
-    **dict.fromkeys("layers batch accum seq steps log_every eval_every max_skips keep".split(), (1, 2**31 - 1)),
-    "eval_batches": (1, 2**20), "warmup": (0, 2**31 - 1), "rescale_interval": (0, 2**31 - 1),
+    **dict.fromkeys("layers batch accum seq steps log_every eval_every max_skips keep".split(), (1, 2**31)),
+    "eval_batches": (1, 2**20), "warmup": (0, 2**31), "rescale_interval": (0, 2**31),
     "lr": (1e-30, 10), "clip": (1e-30, 1e30), "spike": (0, 1e30), "weight_decay": (0, 10),
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
 
 
 def parse_config(argv=None):
     """Return the Config of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     for f in fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
@@ -157,14 +158,14 @@ def parse_config(argv=None):
 
 
 def recall(c, saved, say):
-    """Take from the options of a checkpoint's run those that the command line does not give. Say what differs."""
+    """Take the options that the command line does not give from a checkpoint's run. Say what differs."""
     for name, value in saved.items():
         if name in (*MODES, "out", "device") or not hasattr(c, name):   # a fork may know fewer options
             continue
         if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
-            need(name not in ("beta1", "beta2"), f"--{name} was {value}, which Adam's moments depend on: leave it out")
+            need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -202,7 +203,7 @@ def resolve(c, device, world):
 # What FP8 adds to training: weight scales, and FP8 copies of the weights, made once per optimizer step
 
 def make_optimizer(model, c, shards=None):
-    """Return AdamW with the same groups under every recipe: quantized weights, other matrices, norms (no decay).
+    """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
 
     Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well.
     """
@@ -216,11 +217,12 @@ def make_optimizer(model, c, shards=None):
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    return FP8AdamW(groups, [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"], **options)
+    predicted = [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"]
+    return FP8AdamW(groups, predicted, **options)
 
 
 def make_scales(model, optimizer, c):
-    """Return the WeightScales of all layers (autoscale.py), or None if the recipe does not scale per tensor."""
+    """Return the WeightScales of all layers (autoscale.py), None if the recipe does not scale per tensor."""
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
     if model.recipe.weight_scale == "predicted":
@@ -240,8 +242,8 @@ def requantize(model, scales, shards=None):
 def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
 
-    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A measured
-    one, at each step or once in --rescale_interval, has to wait for the new weights, and so have the copies.
+    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
+    that is measured, at each step or once in --rescale_interval, waits for them, and the copies for the scale.
     """
     measured = scales is None or scales.measures(update)
     if not measured:
@@ -258,15 +260,6 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
-@dataclass
-class Progress:
-    """Where a run is. Nothing random is drawn while training, and the step says which data come next."""
-    step: int = 0               # steps done
-    updates: int = 0            # those that changed the weights: Adam's count
-    skipped: int = 0            # those that did not
-    norms: list = field(default_factory=list)   # of the gradient, in the last 100 updates
-
-
 def learning_rate(step, c):
     """Return that of optimizer step `step`, from 0: linear warm-up, then a cosine to a tenth of the peak."""
     if step < c.warmup:
@@ -278,8 +271,8 @@ def learning_rate(step, c):
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks.
 
-    Return this rank's share of the mean loss. With `watching`, the layers record what quantizing changes, in the
-    last micro-batch alone, because that takes time.
+    Return this rank's share of the mean loss. With `watching`, the layers record what quantizing changes, but
+    only in the last micro-batch, because that takes time.
     """
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
@@ -299,7 +292,7 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
 
 
 def evaluate(model, batches, ranks, gradient=False):
-    """Return the mean validation loss in nats per token, over all ranks. With `gradient`, add up its gradients."""
+    """Return the mean validation loss of all ranks, in nats per token. `gradient` adds up the gradients."""
     total, count = torch.zeros((), device=ranks.device), batches.config.eval_batches
     with torch.set_grad_enabled(gradient):
         for i in range(ranks.rank, count, ranks.world):
@@ -313,19 +306,21 @@ def evaluate(model, batches, ranks, gradient=False):
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, c, saved = start(config)
-    say, progress = ranks.say, Progress(**saved["progress"]) if saved else Progress()
+    # Nothing random is drawn while training: a checkpoint holds weights, moments, scales and this. `updates`
+    # are the steps that changed weights; `norms` are those of their last 100 gradients.
+    progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
+    say = ranks.say
     if progress.step >= c.steps:
-        say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps to go on")
+        say(f"{saved['path']} is at step {progress.step} of {c.steps}: done; raise --steps to go on")
         return None
     check_folders(c)
     run = prepare(c, ranks, saved)
     run.progress, model = progress, run.model
     run.ddp = data_parallel(model, ranks.device) if ranks.world > 1 and not run.shards else model
     say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    say(f"model   {c.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"vocabulary {model.config.vocab}")
-    say(f"data    {len(run.batches.tokens):,} training and {len(run.val_batches.tokens):,} validation tokens of "
-        + (c.data or "Python's own source"))
+    say("model   {}: {:,} parameters, vocabulary {}; {:,} training and {:,} validation tokens of {}".format(
+        c.model, sum(p.numel() for p in model.parameters()), model.config.vocab, len(run.batches.tokens),
+        len(run.val_batches.tokens), c.data or "Python's own source"))
     say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
         say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
@@ -350,16 +345,17 @@ def loop(run, log):
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=logging)
-        if device.type == "cuda":   # which is still busy; from here on this process waits for it
-            run.batches.prefetch(step + 1, ranks.rank, device)
+        if device.type == "cuda":   # which is still busy: read ahead
+            run.batches.step(step + 1, ranks.rank, device)
         health = scale_health(model, run.scales, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
         # All ranks learn the mean loss, and whether one was told to stop: the one wait for the GPU in a step.
         shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
         loss, stopping, norm_value = torch.stack((*shared, norm)).tolist()
 
-        spike = len(progress.norms) >= 20 and norm_value > (c.spike or 1e30) * statistics.median(progress.norms)
-        if math.isfinite(loss) and math.isfinite(norm_value) and not spike:
+        watched = c.spike and len(progress.norms) >= 20
+        largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
+        if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             progress.updates, in_a_row = progress.updates + 1, 0
             progress.norms = [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
@@ -370,8 +366,8 @@ def loop(run, log):
             if in_a_row >= c.max_skips:
                 saver.finish()
                 first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
-                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look "
-                               f"at the data; {last_good(c.out)}")
+                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
+                               f"look at the data; {last_good(c.out)}")
         model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
         progress.step = step = step + 1
 
@@ -380,14 +376,14 @@ def loop(run, log):
             run.val_loss = evaluate(model, run.val_batches, ranks)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
-            saver.save(own_state(run), {"step": step, "progress": asdict(progress), "config": asdict(c),
+            saver.save(own_state(run), {"step": step, "progress": vars(progress), "config": asdict(c),
                                         "model_config": asdict(model.config)})
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "skipped": progress.skipped,
-                      "tokens_per_s": round(speed, 1), **health, **({"val_loss": run.val_loss} if evaluating else {})}
-            if math.isfinite(utilization := mfu(model, speed / ranks.world, device)):
-                record["mfu"] = round(utilization, 4)
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
+                      "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
+                      **({"val_loss": run.val_loss} if evaluating else {}),
+                      **mfu(model, speed / ranks.world, device)}
             log(record)
             say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
@@ -400,8 +396,9 @@ def loop(run, log):
     if ranks.rank == 0:
         say(f"\n--- sample ---\n{sample(model, run.val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
-               "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(run.val_loss, 4),
-               "skipped_steps": progress.skipped, "time": str(timedelta(seconds=round(seconds))),
+               "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
+               "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
+               "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
@@ -414,7 +411,7 @@ def loop(run, log):
 # Before the loop: from options, or from a checkpoint, to what it needs
 
 def start(config):
-    """Return (Ranks, resolved Config, manifest of the checkpoint that --resume, --eval_only, --sample ask for)."""
+    """Return Ranks, the resolved Config, and the manifest of the checkpoint that it asks for, or None."""
     ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
     saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
     if saved:
@@ -427,7 +424,7 @@ def start(config):
 
 
 def make_model(c, device, vocab=None):
-    """Return the Transformer. On a GPU BF16 is compiled whole; under FP8 model.py compiles what is not ours."""
+    """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
     preset = PRESETS[c.model]
     with blaming(f"--model {c.model}"), torch.device(device):
         config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
@@ -447,7 +444,7 @@ def build(c, device):
 
 
 def prepare(c, ranks, saved=None):
-    """Return what a run is made of, with the numbers of a checkpoint if its manifest is given, ready to compute."""
+    """Return what a run is made of, with the numbers of the checkpoint whose manifest `saved` is."""
     model, batches, val_batches = build(c, ranks.device)
     check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
                 len(batches.tokens), len(val_batches.tokens)],
@@ -463,16 +460,16 @@ def prepare(c, ranks, saved=None):
     requantize(model, scales, shards)
     if shards:
         shards.share(scales, measured=True)
-    return SimpleNamespace(c=c, ranks=ranks, model=model, batches=batches, val_batches=val_batches, owner=owner,
-                           shards=shards, optimizer=optimizer, scales=scales)
+    return SimpleNamespace(c=c, ranks=ranks, model=model, batches=batches, val_batches=val_batches,
+                           owner=owner, shards=shards, optimizer=optimizer, scales=scales)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is watched
 
 def scale_health(model, scales, shards=None):
-    """Return, for the log, the largest and least headroom, predicted / true weight scale, and the means over the
-    layers of the shares of values that saturate or that folding changes (model.py)."""
+    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the mean shares
+    of values that saturate or that folding changes (model.py)."""
     health = {}
     if scales is not None:
         ratio = scales.headroom()
@@ -490,19 +487,20 @@ def scale_health(model, scales, shards=None):
 
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
-    """Return what is not finite: the output of the first such layer, else the first gradient from the loss back."""
+    """Return what is not finite: the first such output of a layer, else the first gradient on the way back."""
+    def look(name, x):
+        if x is not None and not x.isfinite().all():
+            bad.append(name)
     bad = []   # hooks and `fused` stay as they are made here: the run ends
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(
-                lambda _, __, y, name=name: None if y.isfinite().all() else bad.append(f"the output of {name}"))
+            module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
     for block in model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
         model(tokens, targets)
     for name, p in reversed(list(model.named_parameters())):
-        if p.grad is not None and not p.grad.isfinite().all():
-            bad.append(f"the gradient of {name}")
+        look(f"the gradient of {name}", p.grad)
     return bad[0] if bad else "the loss or the norm of the gradient"
 
 
@@ -527,14 +525,14 @@ def numerics(fp8, device):
     return f"{plain if fp8 == 'none' else eight} on {device_name(device)}"
 
 
-# Dense BF16 peak in TFLOP/s by the vendors' data sheets, by a part of the device's name: the first match counts.
-BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "4090": 165}
+# Dense BF16 peak in TFLOP/s, from data sheets, by a part of the device's name. The first match counts.
+BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312}
 
 
 def mfu(model, tokens_per_s, device):
-    """Return the share of the BF16 peak that a rank's FLOPs reach; NaN where the peak is not known."""
-    peak = next((peak for part, peak in BF16_PEAK.items() if part in device_name(device)), math.nan)
-    return tokens_per_s * flops_per_token(model) / (1e12 * peak)
+    """Return {"mfu": the share of the BF16 peak that a rank reaches}, {} where the peak is not known."""
+    peak = next((1e12 * peak for part, peak in BF16_PEAK.items() if part in device_name(device)), None)
+    return {"mfu": round(tokens_per_s * flops_per_token(model) / peak, 4)} if peak else {}
 
 
 def sample(model, batches, device, seed, prompt=None, count=200):
@@ -576,8 +574,8 @@ class Tokens:
             piece = np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
                               self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
-                raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: are "
-                                f"these the data for this --model?")
+                raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
+                                f"is this the right data for --model?")
             pieces.append(piece)
             start += take
         return np.concatenate(pieces)
@@ -593,7 +591,7 @@ def token_file(path):
         return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
-    header = np.fromfile(path, np.int32, 256)   # of llm.c and modded-nanogpt: magic, version, number of tokens
+    header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
     is_shard = len(header) > 2 and header[0] == 20240520
     need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
          f"--data: {path} is no file of uint16 tokens and no whole shard of version 1: copy it again")
@@ -601,7 +599,7 @@ def token_file(path):
 
 
 def files_below(root):
-    """Return the files in a folder and below, behind links as well. OSError for a folder that cannot be read."""
+    """Return the files in a folder and below, links followed. OSError for a folder that cannot be read."""
     def fail(error):
         raise error
     found, seen = [], set()
@@ -627,19 +625,19 @@ def data_files(source):
         if "**" in root.parts:   # glob passes over folders that cannot be read: this does not
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    once = {os.path.realpath(p): p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
-            and not any(re.fullmatch(NAMES_OF_RUNS, part) for part in p.relative_to(top).parts)}
-    files = sorted(once.values(), key=lambda p: p.parts)
+    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
+             and not any(re.fullmatch(NAMES_OF_RUNS, part) for part in p.relative_to(top).parts)]
+    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
-    return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zero bytes
+    return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
 
 
 def open_data(source):
     """Return (training Tokens, validation Tokens, vocabulary or None if the files do not say) of --data.
 
-    Validation data are token files with the word val, valid or validation in their path below --data, or a text
-    file of that name (val.txt). Without these it is a twentieth: of the files, chosen by a checksum of their
-    names, if there are at least 40, else of the tokens, the last ones.
+    Validation data are token files with the word val, valid or validation in their path below --data, or a
+    text file of that name (val.txt). Without these it is a twentieth: of at least 40 files those that a
+    checksum of their names selects, of fewer the last tokens.
     """
     paths, top = data_files(source)
     files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
@@ -648,7 +646,7 @@ def open_data(source):
     need(len(kinds) == 1, f"--data {source} mixes {' and '.join(kinds)} tokens: keep one kind per folder")
     dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
-    held_out = [source is not None and len(paths) > 1 and bool(re.fullmatch(word, n, re.I | re.S)) for n in names]
+    held_out = [bool(source and len(paths) > 1 and re.fullmatch(word, name, re.I | re.S)) for name in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
     left, parts = int(total * (1 - 0.05)), ([], [])
@@ -663,10 +661,10 @@ def open_data(source):
 def shuffled(number, n, keys):
     """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
 
-    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone
-    whatever f does, so no two numbers meet. One that lands at n or above goes through again until it is below.
+    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be
+    undone, whatever f does, so no two numbers meet. One that lands at n or above goes through again.
     """
-    golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
+    golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit upwards
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     while True:
         for key in keys:
@@ -679,15 +677,15 @@ def shuffled(number, n, keys):
 class Batches:
     """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks.
 
-    The data are cut into windows. Every epoch visits each of them once, in an order and with edges of its own.
+    Every epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own.
     """
 
     def __init__(self, tokens, config, vocab):
         self.tokens, self.config, self.vocab = tokens, config, vocab
-        self.windows, self.ready = (len(tokens) - 1) // config.seq, None
+        self.windows = (len(tokens) - 1) // config.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
                                f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
-        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now, not later
+        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64."""
@@ -705,17 +703,11 @@ class Batches:
         keys = rng.integers(1 << 62, size=4).tolist()
         return edge + self.config.seq * shuffled(number, self.windows, keys)
 
+    @lru_cache(1)   # so that the loop can read ahead
     def step(self, step, micro, device):
-        """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch's order."""
-        ready, self.ready = self.ready, None
-        if ready and ready[0] == (step, micro):
-            return ready[1]
+        """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch."""
         first = (step * self.config.accum + micro) * self.config.batch
         return self.load([self.start(first + i) for i in range(self.config.batch)], device)
-
-    def prefetch(self, step, micro, device):
-        """Read what `step` will be asked for, while the GPU still computes."""
-        self.ready = (step, micro), self.step(step, micro, device)
 
     def evaluation(self, i, device):
         """Return micro-batch i of eval_batches: evenly spaced windows, the same at every evaluation."""
@@ -731,10 +723,7 @@ stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told
 
 
 def on_signal(*_):
-    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before the loop they end the process.
-
-    Further signals change nothing, for schedulers and torchrun send several.
-    """
+    """End the process before the loop begins, later the loop, which finishes its step and saves."""
     stop.received = True
     if not stop.in_loop:
         raise KeyboardInterrupt
@@ -747,26 +736,25 @@ class Ranks:
     device: torch.device
 
     def say(self, text):
-        """Print on rank 0. Output that cannot be written, to a full disk or a closed pipe, does not end a run."""
+        """Print on rank 0. Output that cannot be written does not end a run."""
         try:
             if self.rank == 0:
                 print(text)
         except OSError:
-            sys.stdout = None   # print does nothing from here on, nor does Python try once more when it exits
+            sys.stdout = None   # print does nothing from here on
 
 
 def start_ranks(name):
     """Return the Ranks of this process, which joins the others if torchrun started it.
 
-    PyTorch tells the starts of torchrun apart by the number of restarts. A node that joins or leaves is not
-    counted as one: then start all of them anew.
+    PyTorch tells torchrun's restarts apart, but not those for a node that joins or leaves: start all anew.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     gpu, count = device.type == "cuda", torch.cuda.device_count()
-    need(not gpu or device.index < count, f"--device {name}: {device} is not among the {count} GPUs that PyTorch "
-                                          f"sees: use --device cpu or start fewer ranks")
+    need(not gpu or device.index < count, f"--device {name}: {device} is not one of {count} GPUs here: use "
+                                          f"--device cpu or start fewer ranks")
     if gpu:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -775,8 +763,8 @@ def start_ranks(name):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if gpu else None)
     except (ValueError, dist.DistError) as e:
-        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give "
-                       f"each job a --master_port or --rdzv_endpoint of its own") from None
+        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): use torchrun, and give each "
+                       f"job a --master_port or --rdzv_endpoint of its own") from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -800,12 +788,12 @@ def check_same(thing, what):
 
 
 def data_parallel(model, device):
-    """Return DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, during the backward pass."""
+    """Return DDP. It sums micro-batches in FP32. On GPUs the sum travels in BF16."""
     gpu = device.type == "cuda"
     for p in model.parameters():   # for DDP's buckets; those of a first micro-batch would lie beside them
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which
-    # a resumed run would not have had. (On GPUs attention alone makes two runs differ.)
+    # On CPUs, looking for unused parameters keeps DDP from changing the order of its sums after the first
+    # step, which a resumed run would notice. (On GPUs attention alone makes two runs differ.)
     ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, init_sync=False,
                                   gradient_as_bucket_view=True, find_unused_parameters=not gpu)
     if gpu:
@@ -814,7 +802,7 @@ def data_parallel(model, device):
 
 
 def owners(model, world):
-    """Return {parameter: the rank that writes it to checkpoints, and with --shard alone keeps it}: shared evenly."""
+    """Return {parameter: the rank that writes it to checkpoints and, with --shard, owns it}: even shares."""
     owner, load = {}, [0] * world
     for p in sorted(model.parameters(), key=lambda p: -p.numel()):
         owner[p] = load.index(min(load))
@@ -823,13 +811,13 @@ def owners(model, world):
 
 
 class Shards:
-    """ZeRO stage 1 by whole parameters: each has one rank that keeps its FP32 weights and moments and steps them.
+    """ZeRO stage 1 by whole parameters: one rank keeps the FP32 weight and moments of each and steps it.
 
         after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner during the backward pass
         after the step   quantized weights: W in FP8 from the owner to all, each of which makes its W^T of it;
-                         embedding, head and norms in BF16 (FP32 on a CPU), in which the model computes with them
+                         embedding, head and norms in BF16 (FP32 on a CPU), as the model computes with them
 
-    Scales are predicted, by the same arithmetic on all ranks. Only where they are measured are they exchanged.
+    All ranks predict scales by the same arithmetic. They exchange those that they measure.
     """
 
     def __init__(self, model, owner, ranks):
@@ -853,7 +841,7 @@ class Shards:
         if not self.sending:
             return
         gradient = p.grad.to(self.dtype) / self.ranks.world
-        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees that there was one
+        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees one
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
             self.receive(*self.sent.pop(0))
@@ -902,11 +890,11 @@ def checkpoints(out):
 
 
 def last_good(out):
-    return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved yet"
+    return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved"
 
 
 def own_state(run):
-    """Return copies, in the CPU's memory, of the weights and moments that this rank writes to a checkpoint."""
+    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
         return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
     own = {}
@@ -915,7 +903,7 @@ def own_state(run):
             if run.owner[p] == run.ranks.rank:
                 kept = {"weight": p.data, **run.optimizer.state.get(p, {})}
                 own[name] = dict(zip(kept, pool.map(copy, kept.values())))
-    return {"parameters": own, "scales": run.scales.state_dict() if run.scales and not run.ranks.rank else None}
+    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
 
 
 def sums(path):
@@ -965,8 +953,8 @@ class Saver:
             self.ok = True
         except Exception as e:   # nothing may pass for success here
             self.ok = False
-            self.ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({e}): make room "
-                           f"in {self.out}; {last_good(self.out)}")
+            self.ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({e}): "
+                           f"make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
@@ -992,7 +980,7 @@ class Saver:
 
 
 def read_manifest(path, ranks):
-    """Return what the manifest says of a checkpoint, of whose files each rank checks some. Raise what is wrong."""
+    """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
@@ -1011,7 +999,7 @@ def newest_checkpoint(out, ranks):
     UserError if none of several is whole, RunError if the ranks do not see the same folder.
     """
     found = checkpoints(out)
-    check_same([path.name for path in found], f"checkpoints: --out {out} has to be a folder that all nodes see")
+    check_same([path.name for path in found], f"checkpoints: --out {out} has to be one folder for all nodes")
     for path in found:
         damage = None
         try:
@@ -1033,8 +1021,8 @@ def restore(saved, model, optimizer, scales, c, shards=None):
     """
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
-        need(name == "seq" or was == value, f"{saved['path']} is of a model with {name} = {was}, not {value}: use the "
-                                            f"--model, --layers and --data that it was trained with")
+        need(name == "seq" or was == value, f"{saved['path']} is of a model with {name} = {was}, not {value}: "
+                                            f"use the --model, --layers and --data of that run")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
@@ -1063,7 +1051,7 @@ def check_folders(c):
     for path in (Path.cwd(), Path(c.data or ".").resolve()):
         need(not path.is_relative_to(c.out), f"--out {c.out}, which another run may rename, holds {path}: "
                                              f"give a folder of its own")
-    need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs tensorboard: pip install tensorboard")
+    need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
 
 
 def lock(out, files):
@@ -1093,7 +1081,7 @@ def read_log(path):
 
 @contextmanager
 def run_folder(c, ranks, step):
-    """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and tensorboard's copy of it.
+    """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and to tensorboard.
 
     An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`.
     """
@@ -1120,7 +1108,7 @@ def run_folder(c, ranks, step):
             file = files.enter_context(open(path, "a", buffering=1))
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None))
+                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
                  "hardware": f"{ranks.world} x {device_name(ranks.device)}", "python": sys.version.split()[0],
                  "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
@@ -1133,7 +1121,7 @@ def run_folder(c, ranks, step):
                 for key, value in record.items() if board else ():
                     board.add_scalar(key, value, record["step"])
             except OSError as e:
-                ranks.say(f"warning: step {record['step']} is not in log.jsonl or --tensorboard ({e.strerror})")
+                ranks.say(f"warning: step {record['step']} is not in the log or --tensorboard ({e.strerror})")
         yield log
 
 
@@ -1143,8 +1131,8 @@ def run_folder(c, ranks, step):
 def report(config):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing.
 
-    Several recipes in --fp8 are compared at the same weights: the loss, and the error of its gradient against that
-    of the first recipe, ||g - g_first|| / ||g_first||.
+    Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
+    against that of the first, ||g - g_first|| / ||g_first||.
     """
     ranks, c, saved = start(config)
     recipes, first = c.fp8.split(","), None
@@ -1166,14 +1154,14 @@ def report(config):
 
 
 def plot_runs(folders, path):
-    """Draw training losses as lines, validation losses as dots, of the runs in these folders; earlier ones wider."""
-    with picture(path, yscale="log", xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
+    """Draw training losses as lines, validation losses as dots, of the runs in these folders."""
+    with picture(path, yscale="log", xlabel="step", ylabel="loss, nats per token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
             records = [record for _, record in read_log(folder / "log.jsonl") if "loss" in record]
             need(records, f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
-            steps, losses, val_losses = ([r.get(key) for r in records] for key in ("step", "loss", "val_loss"))
+            steps, losses, val_losses = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss"))
             line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
 
@@ -1183,13 +1171,13 @@ COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU"
 
 
 def bench(c, device):
-    """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}. Writes no files.
+    """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the first
-    and one of the second, `x none` the first alone.
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
+    first and one of the second, `x none` the first alone.
     """
-    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x {c.seq} "
-          f"tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
+    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
+          f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
           + "".join(f"{title:>14}" for title in COLUMNS))
     rows, gpu = {}, device.type == "cuda"
     wait = torch.cuda.synchronize if gpu else lambda: None
@@ -1214,11 +1202,12 @@ def bench(c, device):
             optimizer.zero_grad()
         forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
-        none = rows.get("none", {"fwd+bwd ms": forward_backward if fp8 == "none" else math.nan})
-        rows[fp8] = dict(zip(COLUMNS, (forward_backward, update, speed, mfu(model, speed, device),
-                                       none["fwd+bwd ms"] / forward_backward,
-                                       torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan)))
-        print(f"{fp8:8}" + "".join(f"{x:>14{form}}" for x, form in zip(rows[fp8].values(), COLUMNS.values())))
+        rows[fp8] = row = {
+            "fwd+bwd ms": forward_backward, "optimizer ms": update, "tokens/s": speed,
+            "MFU": mfu(model, speed, device).get("mfu", math.nan),
+            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan}
+        row["x none"] = rows["none"]["fwd+bwd ms"] / forward_backward if "none" in rows else math.nan
+        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()))
         model = optimizer = scales = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
@@ -1244,11 +1233,11 @@ def main(argv=None):
         code, message = 2, f"error: {e}"
     except (RunError, OSError) as e:
         code, message = 1, f"error: {e}"
-    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
+    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
         if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
-            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, which trains the "
-                       f"same in less memory, or add --recompute block")
+            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, "
+                       f"which trains the same in less memory, or add --recompute block")
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
             message = f"error: another rank is gone ({reason}): its messages say why; --resume goes on"
         else:
@@ -1270,6 +1259,6 @@ if __name__ == "__main__":
                 thread.join()
         os._exit(code)
     if dist.is_initialized():
-        gc.collect()   # frees DDP: what still holds the process group keeps its threads running into Python's end
+        gc.collect()   # frees DDP, which holds the process group, whose threads must end before Python does
         dist.destroy_process_group()
     sys.exit(code)
