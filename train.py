@@ -141,7 +141,7 @@ LIMITS = {   # the least and the most that make sense
 
 def parse_config(argv=None):
     """Return the Config of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     for f in fields(Config):
@@ -243,7 +243,7 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
 
     A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
-    that is measured, at each step or once in --rescale_interval, waits for them, and the copies for the scale.
+    that is measured, at each step or once in --rescale_interval, waits for them, as do the copies.
     """
     measured = scales is None or scales.measures(update)
     if not measured:
@@ -306,8 +306,8 @@ def evaluate(model, batches, ranks, gradient=False):
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, c, saved = start(config)
-    # Nothing random is drawn while training: a checkpoint holds weights, moments, scales and this. `updates`
-    # are the steps that changed weights; `norms` are those of their last 100 gradients.
+    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random is
+    # drawn while training, so this, weights, moments and scales are all that a checkpoint holds.
     progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
     say = ranks.say
     if progress.step >= c.steps:
@@ -325,7 +325,7 @@ def train(config):
     if saved:
         say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
             f"{ranks.world} go on")
-    stop.in_loop = True
+    stop.in_loop = True   # from here on a signal lets the loop save
     run.val_loss = evaluate(model, run.val_batches, ranks)
     say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {run.val_loss:.4f}")
     with run_folder(c, ranks, progress.step) as log:   # from here on files are written
@@ -487,7 +487,7 @@ def scale_health(model, scales, shards=None):
 
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
-    """Return what is not finite: the first such output of a layer, else the first gradient on the way back."""
+    """Return what is not finite: the first such output of a layer, else the first gradient from the end."""
     def look(name, x):
         if x is not None and not x.isfinite().all():
             bad.append(name)
@@ -571,8 +571,8 @@ class Tokens:
             i = bisect.bisect(self.ends, start)
             path, offset, size = self.files[i]
             skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
-            piece = np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
-                              self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64)
+            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps all pages that it touched
+            piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
                                 f"is this the right data for --model?")
@@ -965,8 +965,8 @@ class Saver:
             yield
         except Exception as e:   # a full disk is a RuntimeError of torch.save
             error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        for error in filter(None, gather(error, self.group)):
-            raise RunError(error)
+        for failure in filter(None, gather(error, self.group)):
+            raise RunError(failure)
 
     def commit(self, folder, content):
         """Write the manifest, rename the folder, remove old ones."""
@@ -994,10 +994,7 @@ def read_manifest(path, ranks):
 
 
 def newest_checkpoint(out, ranks):
-    """Return the manifest of the newest checkpoint that is whole, None where there is none.
-
-    UserError if none of several is whole, RunError if the ranks do not see the same folder.
-    """
+    """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
     check_same([path.name for path in found], f"checkpoints: --out {out} has to be one folder for all nodes")
     for path in found:
@@ -1006,10 +1003,10 @@ def newest_checkpoint(out, ranks):
             saved = read_manifest(path, ranks)
         except (OSError, ValueError, LookupError, TypeError) as e:
             damage = f"{type(e).__name__}: {e}"
-        damages = list(filter(None, gather(damage)))
-        if not damages:
+        damage = next(filter(None, gather(damage)), None)
+        if not damage:
             return saved
-        ranks.say(f"note: {path} is damaged ({damages[0]}); looking for the one before it")
+        ranks.say(f"note: {path} is damaged ({damage}); looking for the one before it")
     need(not found, f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
 
 
@@ -1022,7 +1019,7 @@ def restore(saved, model, optimizer, scales, c, shards=None):
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value, f"{saved['path']} is of a model with {name} = {was}, not {value}: "
-                                            f"use the --model, --layers and --data of that run")
+             f"use the --model, --layers and --data of that run")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
@@ -1035,10 +1032,12 @@ def restore(saved, model, optimizer, scales, c, shards=None):
             # A step count lies on the CPU, but for PyTorch's fused AdamW.
             device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
             optimizer.state[p][key] = value.to(device, copy=True)
-    if scales and saved["config"]["fp8"] == c.fp8:
-        scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
-    if scales and all_reduce(scales.headroom().min().neg(), dist.ReduceOp.MAX) > -1:   # on any rank
-        scales.rescale()
+    if scales:
+        same = saved["config"]["fp8"] == c.fp8
+        if same:
+            scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
+        if not same or all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
+            scales.rescale()
 
 
 def check_folders(c):
@@ -1049,8 +1048,8 @@ def check_folders(c):
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
     for path in (Path.cwd(), Path(c.data or ".").resolve()):
-        need(not path.is_relative_to(c.out), f"--out {c.out}, which another run may rename, holds {path}: "
-                                             f"give a folder of its own")
+        need(not path.is_relative_to(c.out),
+             f"--out {c.out}, which the next run renames, holds {path}: give a folder of its own")
     need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
 
 
