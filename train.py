@@ -72,7 +72,7 @@ def blaming(option):
     """Turn what goes wrong with files, shapes and settings that the user gave into a UserError."""
     try:
         yield
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{option}: {str(e).partition(chr(10))[0]}") from None
 
 
@@ -141,7 +141,7 @@ LIMITS = {   # the least and the most that make sense
 
 def parse_config(argv=None):
     """Return the Config of a command line."""
-    parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     for f in fields(Config):
@@ -185,13 +185,13 @@ def resolve(c, device, world):
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     c.data = c.data and os.path.abspath(c.data)   # so that --resume finds it from any folder
-    c.out = os.path.realpath(c.out)               # an earlier run is renamed where it lies
     for name, (least, most) in LIMITS.items():
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch} fits into no machine: lower it")
-    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0, f"--batch {c.batch} x --seq {c.seq} is not a multiple "
-         f"of 16 tokens, which --fp8 {c.fp8} needs to sum over them: change --batch or --seq")
+    need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch}: no machine holds it, lower it")
+    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, which --fp8 {c.fp8} cannot "
+         f"sum over: change one of them to make it a multiple of 16")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
@@ -306,8 +306,8 @@ def evaluate(model, batches, ranks, gradient=False):
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, c, saved = start(config)
-    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random is
-    # drawn while training, so this, weights, moments and scales are all that a checkpoint holds.
+    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
+    # is drawn while training, so a checkpoint holds this, weights, moments and scales, and no more.
     progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
     say = ranks.say
     if progress.step >= c.steps:
@@ -505,17 +505,18 @@ def first_non_finite(model, tokens, targets):
 
 
 def progress_line(record, c, seconds_left):
-    parts = {"loss": "loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
-             "mfu": "MFU {mfu:.1%}", "scale_ratio": "scale x{scale_ratio:.3f}",
-             "saturated": "saturated {saturated:.2%}, {saturated_grad:.2%}",   # of activations, of gradients
-             "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of those in wgrad
-             "val_loss": "validation loss {val_loss:.4f}"}
-    shown = "  ".join(text.format(**record) for key, text in parts.items() if key in record)
-    return f"step {record['step']}/{c.steps}  {shown}  {timedelta(seconds=round(seconds_left))} left"
+    line = (f"step {record['step']}/{c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s")
+    for name in ("mfu", "saturated", "folded"):   # shares; of X, of dY, and folded across tokens for wgrad
+        shares = [f"{value:.2%}" for key, value in record.items() if key.startswith(name)]
+        line += f"  {name} {', '.join(shares)}" if shares else ""
+    for name, key in (("scale x", "scale_ratio"), ("validation loss ", "val_loss")):
+        line += f"  {name}{record[key]:.4f}" if key in record else ""
+    return f"{line}  {timedelta(seconds=round(seconds_left))} left"
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def numerics(fp8, device):
@@ -571,7 +572,7 @@ class Tokens:
             i = bisect.bisect(self.ends, start)
             path, offset, size = self.files[i]
             skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
-            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps all pages that it touched
+            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps the pages that it touched
             piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
@@ -585,16 +586,20 @@ def token_file(path):
     """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
-        array = np.lib.format.open_memmap(path, mode="r")
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as e:   # ValueError mostly, but its header is parsed as Python
+            reason = str(e).partition("\n")[0]
+            raise UserError(f"--data: {path} is not written by numpy.save ({reason})") from None
         need(array.ndim == 1 and array.dtype.kind in "iu",
-             f"--data: {path} holds {array.dtype} of shape {array.shape}, not one row of integers")
+             f"--data: {path} holds {array.dtype} of shape {array.shape}: tokens are one-dimensional integers")
         return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
     is_shard = len(header) > 2 and header[0] == 20240520
     need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
-         f"--data: {path} is no file of uint16 tokens and no whole shard of version 1: copy it again")
+         f"--data: {path} has {size} bytes, and is neither uint16 tokens nor a whole shard of version 1")
     return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
 
 
@@ -996,7 +1001,7 @@ def read_manifest(path, ranks):
 def newest_checkpoint(out, ranks):
     """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
-    check_same([path.name for path in found], f"checkpoints: --out {out} has to be one folder for all nodes")
+    check_same([path.name for path in found], f"checkpoints: --out {out} is no folder that all nodes see")
     for path in found:
         damage = None
         try:
@@ -1018,7 +1023,8 @@ def restore(saved, model, optimizer, scales, c, shards=None):
     """
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
-        need(name == "seq" or was == value, f"{saved['path']} is of a model with {name} = {was}, not {value}: "
+        need(name == "seq" or was == value,
+             f"{saved['path']} holds a model with {name} = {was}, not {value}: "
              f"use the --model, --layers and --data of that run")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
@@ -1048,8 +1054,8 @@ def check_folders(c):
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
     for path in (Path.cwd(), Path(c.data or ".").resolve()):
-        need(not path.is_relative_to(c.out),
-             f"--out {c.out}, which the next run renames, holds {path}: give a folder of its own")
+        need(not path.is_relative_to(Path(c.out).resolve()),
+             f"--out {c.out} holds {path}, and the next run renames it: give a folder of its own")
     need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
 
 
@@ -1068,13 +1074,13 @@ def lock(out, files):
 def read_log(path):
     """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     pairs = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             record = None
-        if line.endswith("\n"):   # else a crash cut it short
-            pairs.append((line, record if isinstance(record, dict) else {}))
+        ours = isinstance(record, dict) and isinstance(record.get("step"), int)
+        pairs.append((line + "\n", record if ours else {}))
     return pairs
 
 
@@ -1087,7 +1093,8 @@ def run_folder(c, ranks, step):
     if ranks.rank:
         yield lambda record: None
         return
-    out, path, board = Path(c.out), Path(c.out, "log.jsonl"), None
+    out, board = Path(c.out).resolve(), None   # behind a link, too, an earlier run is renamed where it lies
+    path = out / "log.jsonl"
     with ExitStack() as files:
         with blaming(f"--out {out}"):
             lock(out, files)
@@ -1102,14 +1109,15 @@ def run_folder(c, ranks, step):
                 if int(newer.name[5:]) > step:   # damaged, else it would have been taken
                     newer.rename(newer.with_suffix(".damaged"))
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
-            path.with_suffix(".tmp").write_text("".join(before))
+            path.with_suffix(".tmp").write_bytes("".join(before).encode())
             os.replace(path.with_suffix(".tmp"), path)
             file = files.enter_context(open(path, "a", buffering=1))
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
-                 "hardware": f"{ranks.world} x {device_name(ranks.device)}", "python": sys.version.split()[0],
+                 "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores",
+                 "python": sys.version.split()[0],
                  "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
 
         def log(record):
