@@ -141,8 +141,8 @@ LIMITS = {   # the least and the most that make sense
 
 def parse_config(argv=None):
     """Return the Config of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
     for f in fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
@@ -190,8 +190,8 @@ def resolve(c, device, world):
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
     need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch}: no machine holds it, lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, which --fp8 {c.fp8} cannot "
-         f"sum over: change one of them to make it a multiple of 16")
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
+         f"{c.fp8} needs to sum over them: change --batch or --seq")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
@@ -311,7 +311,7 @@ def train(config):
     progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
     say = ranks.say
     if progress.step >= c.steps:
-        say(f"{saved['path']} is at step {progress.step} of {c.steps}: done; raise --steps to go on")
+        say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps")
         return None
     check_folders(c)
     run = prepare(c, ranks, saved)
@@ -349,9 +349,11 @@ def loop(run, log):
             run.batches.step(step + 1, ranks.rank, device)
         health = scale_health(model, run.scales, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
-        # All ranks learn the mean loss, and whether one was told to stop: the one wait for the GPU in a step.
-        shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
-        loss, stopping, norm_value = torch.stack((*shared, norm)).tolist()
+        # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of
+        # a checkpoint: the one wait for the GPU in a step.
+        flags = loss.new_tensor([float(stop.received), float(saver.written())])
+        shared = all_reduce(torch.cat((loss.view(1), flags)))
+        loss, stopping, written, norm_value = torch.cat((shared, norm.view(1))).tolist()
 
         watched = c.spike and len(progress.norms) >= 20
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
@@ -376,8 +378,10 @@ def loop(run, log):
             run.val_loss = evaluate(model, run.val_batches, ranks)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
-            saver.save(own_state(run), {"step": step, "progress": vars(progress), "config": asdict(c),
+            saver.save(own_state(run), {"step": step, "progress": dict(vars(progress)), "config": asdict(c),
                                         "model_config": asdict(model.config)})
+        elif written == ranks.world:
+            saver.finish()
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
@@ -572,7 +576,7 @@ class Tokens:
             i = bisect.bisect(self.ends, start)
             path, offset, size = self.files[i]
             skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
-            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps the pages that it touched
+            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
             piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
@@ -590,16 +594,16 @@ def token_file(path):
             array = np.lib.format.open_memmap(path, mode="r")
         except Exception as e:   # ValueError mostly, but its header is parsed as Python
             reason = str(e).partition("\n")[0]
-            raise UserError(f"--data: {path} is not written by numpy.save ({reason})") from None
+            raise UserError(f"--data: {path} is no .npy file ({reason}): use numpy.save") from None
         need(array.ndim == 1 and array.dtype.kind in "iu",
-             f"--data: {path} holds {array.dtype} of shape {array.shape}: tokens are one-dimensional integers")
+             f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
         return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
     is_shard = len(header) > 2 and header[0] == 20240520
     need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
-         f"--data: {path} has {size} bytes, and is neither uint16 tokens nor a whole shard of version 1")
+         f"--data: {path} has {size} bytes: no uint16 tokens, nor shards of version 1; copy it again")
     return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
 
 
@@ -779,11 +783,11 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
-def gather(thing, group=None):
+def gather(thing):
     """Return the list of what all ranks have."""
     things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        dist.all_gather_object(things, thing, group)
+        dist.all_gather_object(things, thing)
     return things
 
 
@@ -926,62 +930,60 @@ class Saver:
 
     def __init__(self, out, keep, ranks):
         self.out, self.keep, self.ranks, self.thread, self.ok = out, keep, ranks, None, True
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # the thread's own
 
     def save(self, own, content):
         """Begin to write. `own` must not change any more; `content` goes into the manifest."""
         self.finish()
-        self.thread = threading.Thread(target=self.write, args=(own, content))
+        self.content, self.folder = content, self.out / f"step_{content['step']:08}.tmp"
+        self.thread = threading.Thread(target=self.write, args=(own,))
         self.thread.start()
+
+    def write(self, own):
+        try:
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / f"rank_{self.ranks.rank}.pt"
+            torch.save(own, path)
+            with open(path) as f:
+                os.fsync(f.fileno())
+            self.result = {path.name: sums(path)}
+        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing passes for success
+            self.result = f"{type(e).__name__}: {e}".partition("\n")[0]
+
+    def written(self):
+        """Return whether this rank has written its file of a checkpoint that is not finished yet."""
+        return self.thread is not None and not self.thread.is_alive()
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        if self.thread:
-            self.thread.join()
+        if self.thread is None:
+            return self.ok
+        self.thread.join()
+        self.thread, results = None, gather(self.result)
+        error = next((result for result in results if isinstance(result, str)), None)
+        if not error:   # the rest is rank 0's
+            error = gather(self.commit(results) if self.ranks.rank == 0 else None)[0]
+        self.ok = error is None
+        if error:
+            self.ranks.say(f"warning: the checkpoint of step {self.content['step']} could not be written "
+                           f"({error}): make room in {self.out}; {last_good(self.out)}")
+            shutil.rmtree(self.folder, ignore_errors=True)
         return self.ok
 
-    def write(self, own, content):
-        """Write this rank's file and, when those of all ranks are whole, the manifest."""
-        folder = self.out / f"step_{content['step']:08}.tmp"
-        path = folder / f"rank_{self.ranks.rank}.pt"
+    def commit(self, results):
+        """Write the manifest, rename the folder, remove old ones. Return an error as text, or None."""
+        files = {name: read for result in results for name, read in result.items()}
+        content = {**self.content, "files": files}
         try:
-            with self.agreeing():
-                folder.mkdir(exist_ok=True)
-                torch.save(own, path)
-                with open(path) as f:
-                    os.fsync(f.fileno())
-                written = path.name, sums(path)
-            files = dict(gather(written, self.group))
-            with self.agreeing():
-                if self.ranks.rank == 0:
-                    self.commit(folder, {**content, "files": files})
-            self.ok = True
-        except Exception as e:   # nothing may pass for success here
-            self.ok = False
-            self.ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({e}): "
-                           f"make room in {self.out}; {last_good(self.out)}")
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @contextmanager
-    def agreeing(self):
-        """Let what fails on one rank fail on all of them."""
-        error = None
-        try:
-            yield
-        except Exception as e:   # a full disk is a RuntimeError of torch.save
-            error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        for failure in filter(None, gather(error, self.group)):
-            raise RunError(failure)
-
-    def commit(self, folder, content):
-        """Write the manifest, rename the folder, remove old ones."""
-        with open(folder / "manifest.json", "w") as f:
-            json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(folder, folder.with_suffix(""))
-        for old in checkpoints(self.out)[self.keep:]:   # what is half removed must not look whole
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
+            with open(self.folder / "manifest.json", "w") as f:
+                json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.rename(self.folder, self.folder.with_suffix(""))
+            for old in checkpoints(self.out)[self.keep:]:   # what is half removed must not look whole
+                gone = old.rename(old.with_suffix(".tmp"))
+                threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
+        except OSError as e:
+            return f"{type(e).__name__}: {e.strerror}"
 
 
 def read_manifest(path, ranks):
@@ -1001,7 +1003,7 @@ def read_manifest(path, ranks):
 def newest_checkpoint(out, ranks):
     """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
-    check_same([path.name for path in found], f"checkpoints: --out {out} is no folder that all nodes see")
+    check_same([path.name for path in found], f"checkpoints: --out {out} is not a folder that all nodes see")
     for path in found:
         damage = None
         try:
@@ -1246,7 +1248,7 @@ def main(argv=None):
             message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, "
                        f"which trains the same in less memory, or add --recompute block")
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
-            message = f"error: another rank is gone ({reason}): its messages say why; --resume goes on"
+            message = f"error: another rank is gone ({reason}): torchrun --max-restarts with --resume goes on"
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
