@@ -1086,6 +1086,12 @@ def read_log(path):
     return pairs
 
 
+def move_aside(path):
+    """Rename a folder to the first name that is free, path.1, path.2 and so on, and return it."""
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
+
+
 @contextmanager
 def run_folder(c, ranks, step):
     """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and to tensorboard.
@@ -1101,15 +1107,13 @@ def run_folder(c, ranks, step):
         with blaming(f"--out {out}"):
             lock(out, files)
             if not c.resume and (path.exists() or checkpoints(out)):
-                names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
-                earlier = out.rename(next(name for name in names if not name.exists()))
-                ranks.say(f"an earlier run in {out} was moved to {earlier}")
+                ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
                 shutil.rmtree(unfinished)
             for newer in checkpoints(out):
                 if int(newer.name[5:]) > step:   # damaged, else it would have been taken
-                    newer.rename(newer.with_suffix(".damaged"))
+                    ranks.say(f"note: {newer} was moved to {move_aside(newer)}")
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
             os.replace(path.with_suffix(".tmp"), path)
