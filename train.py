@@ -10,11 +10,12 @@ Train a language model in FP8.
         train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
 
 Runs that differ in `--fp8` alone see the same data in the same order from the same initial weights. With the
-same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the loop;
-what the loop calls (what is watched, data, several ranks, the run's folder); what there is besides training.
+same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the
+loop; what it needs (start-up, what is watched, data, ranks, the run's folder); what else there is.
 """
 import argparse
-import dataclasses
+import bisect
+import fcntl
 import gc
 import glob
 import itertools
@@ -32,9 +33,10 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +55,7 @@ from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the value, the reason and the fix. Exit code 2."""
+    """A mistake of the user: the message names the value, the reason and the fix. Exit code 2."""
 
 
 class RunError(Exception):
@@ -63,6 +65,15 @@ class RunError(Exception):
 def need(condition, message):
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def blaming(option):
+    """Turn what goes wrong with files, shapes and settings that the user gave into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        raise UserError(f"{option}: {str(e).partition(chr(10))[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,9 +89,8 @@ class Config:
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
     layers: int = opt(None, "blocks of the model (default: the preset's)")
-    data: str = opt(None, "folder of .bin, .npy or text files, one file, or a pattern in quotes: 'tokens/*.bin' "
-                          "(default: Python's standard library)")
-    out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, never overwritten")
+    data: str = opt(None, "folder, file or 'pattern' of .bin, .npy or text (default: Python's own source)")
+    out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, not overwritten")
     steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
     accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)")
@@ -99,13 +109,11 @@ class Config:
     log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
     eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth, at most 250)")
     eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
-    keep: int = opt(2, "checkpoints to keep; the one of the best validation loss stays as well")
+    keep: int = opt(2, "checkpoints to keep, the newest ones")
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    eager: bool = opt(False, "do without torch.compile, which a GPU uses for what is not FP8")
-    shard: bool = opt(False, "ranks keep FP32 weights and Adam's moments of their share of the layers alone "
-                             "(ZeRO-1), and exchange FP8 weights; for --fp8 moss")
+    shard: bool = opt(False, "each rank keeps only its share of FP32 weights and moments (ZeRO-1); for moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
@@ -113,7 +121,7 @@ class Config:
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
-    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all), --steps (10) on random tokens")
+    bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all) on random tokens")
     given = ()   # no option: the names of those that the command line gave
 
 
@@ -125,18 +133,18 @@ DEFAULTS = {   # batch and learning rate as models of these sizes are usually tr
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
 LIMITS = {   # the least and the most that make sense
-    **dict.fromkeys("layers batch accum seq steps log_every eval_every max_skips keep".split(), (1, 2**31 - 1)),
-    "eval_batches": (1, 2**20), "warmup": (0, 2**31 - 1), "rescale_interval": (0, 2**31 - 1),
+    **dict.fromkeys("layers batch accum seq steps log_every eval_every max_skips keep".split(), (1, 2**31)),
+    "eval_batches": (1, 2**20), "warmup": (0, 2**31), "rescale_interval": (0, 2**31),
     "lr": (1e-30, 10), "clip": (1e-30, 1e30), "spike": (0, 1e30), "weight_decay": (0, 10),
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
 
 
 def parse_config(argv=None):
     """Return the Config of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_mutually_exclusive_group()
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
         kind = {"action": "store_true"} if f.default is False else {"type": f.type, "metavar": f.name.upper()}
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))   # --max_skips or --max-skips
@@ -150,13 +158,14 @@ def parse_config(argv=None):
 
 
 def recall(c, saved, say):
-    """Take from the options of a checkpoint's run those that the command line does not give. Say what differs."""
+    """Take the options that the command line does not give from a checkpoint's run. Say what differs."""
     for name, value in saved.items():
         if name in (*MODES, "out", "device") or not hasattr(c, name):   # a fork may know fewer options
             continue
         if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
+            need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
             say(f"note: --{name} was {value} and is now {getattr(c, name)}")
 
 
@@ -179,16 +188,14 @@ def resolve(c, device, world):
     for name, (least, most) in LIMITS.items():
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    need(c.batch * max(c.seq, c.eval_batches) < 2**31,
-         f"--batch {c.batch}: with --seq {c.seq} and --eval_batches {c.eval_batches} no machine holds it, lower it")
+    need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch}: no machine holds it, lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, which --fp8 {c.fp8} "
-         f"needs to sum over them: change --batch or --seq")
-    need(c.accum % world == 0, f"--accum {c.accum} micro-batches do not divide by {world} ranks: use --accum "
-                               f"{-(-c.accum // world) * world}")
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
+         f"{c.fp8} needs to sum over them: change --batch or --seq")
+    need(c.accum % world == 0,
+         f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
-         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: to measure them a rank "
-         f"would have to see all weights")
+         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: leave it out")
     return c
 
 
@@ -196,7 +203,7 @@ def resolve(c, device, world):
 # What FP8 adds to training: weight scales, and FP8 copies of the weights, made once per optimizer step
 
 def make_optimizer(model, c, shards=None):
-    """Return AdamW with the same groups under every recipe: quantized weights, other matrices, norms (no decay).
+    """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
 
     Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well.
     """
@@ -210,18 +217,17 @@ def make_optimizer(model, c, shards=None):
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    return FP8AdamW(groups, [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"], **options)
+    predicted = [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"]
+    return FP8AdamW(groups, predicted, **options)
 
 
 def make_scales(model, optimizer, c):
-    """Return the WeightScales of all layers (autoscale.py), or None if the recipe does not scale per tensor."""
+    """Return the WeightScales of all layers (autoscale.py), None if the recipe does not scale per tensor."""
     if model.recipe is None or model.recipe.weight_scale == "block":
         return None
     if model.recipe.weight_scale == "predicted":
-        try:
+        with blaming(f"--fp8 {c.fp8} cannot predict weight scales, use --fp8 tensor"):
             check_optimizer(optimizer)
-        except ValueError as e:
-            raise UserError(f"--fp8 {c.fp8} cannot predict weight scales: {e}; or use --fp8 tensor") from None
     weights = [layer.weight for layer in model.linears()]
     return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
 
@@ -236,8 +242,8 @@ def requantize(model, scales, shards=None):
 def update_weights(optimizer, model, scales, lr, update, c, shards=None):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
 
-    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A measured
-    one, at each step or once in --rescale_interval, has to wait for the new weights, and so have the copies.
+    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
+    that is measured, at each step or once in --rescale_interval, waits for them, as do the copies.
     """
     measured = scales is None or scales.measures(update)
     if not measured:
@@ -254,17 +260,6 @@ def update_weights(optimizer, model, scales, lr, update, c, shards=None):
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
-@dataclass
-class Progress:
-    """Where a run is. Beside weights, moments and scales a checkpoint holds no more: nothing random is drawn while
-    training, and the step says which data come next."""
-    step: int = 0               # steps done
-    updates: int = 0            # those that changed the weights: Adam's count
-    skipped: int = 0            # those that did not
-    best: tuple = (1e30, 0)     # the best validation loss, and its step
-    norms: list = field(default_factory=list)   # of the gradient, in the last 100 updates
-
-
 def learning_rate(step, c):
     """Return that of optimizer step `step`, from 0: linear warm-up, then a cosine to a tenth of the peak."""
     if step < c.warmup:
@@ -273,37 +268,11 @@ def learning_rate(step, c):
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def make_model(c, device, vocab=None):
-    """Return the Transformer. On a GPU BF16 is compiled whole; under FP8 model.py compiles what is not ours."""
-    preset = PRESETS[c.model]
-    try:
-        with torch.device(device):
-            config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
-            model = Transformer(config, c.fp8, c.recompute)
-    except ValueError as e:
-        raise UserError(e) from None
-    torch.compiler.set_stance("force_eager" if c.eager else "default")
-    if device.type == "cuda" and c.fp8 == "none" and not c.eager:
-        model.compile(dynamic=False)
-    return model
-
-
-def build(c, device):
-    """Return (model, training Batches, validation Batches). UserError for what is wrong with data or shapes."""
-    try:
-        train_tokens, val_tokens, vocab = open_data(c.data)
-    except OSError as e:
-        raise UserError(f"--data: {e.filename} cannot be read ({e.strerror}): check its permissions") from None
-    torch.manual_seed(c.seed)
-    model = make_model(c, device, vocab)
-    return model, *(Batches(tokens, c, model.config.vocab) for tokens in (train_tokens, val_tokens))
-
-
 def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks.
 
-    Return this rank's share of the mean loss. With `watching`, the layers record what quantizing changes, in the
-    last micro-batch alone, because that takes time.
+    Return this rank's share of the mean loss. With `watching`, the layers record what quantizing changes, but
+    only in the last micro-batch, because that takes time.
     """
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
@@ -322,138 +291,118 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
     return loss_sum
 
 
-@torch.no_grad()
-def evaluate(model, batches, ranks):
-    """Return the mean validation loss in nats per token, over all ranks."""
-    total = torch.zeros((), device=ranks.device)
-    for i in range(ranks.rank, batches.config.eval_batches, ranks.world):
-        total += model(*batches.evaluation(i, ranks.device))
-    return all_reduce(total).item() / batches.config.eval_batches
+def evaluate(model, batches, ranks, gradient=False):
+    """Return the mean validation loss of all ranks, in nats per token. `gradient` adds up the gradients."""
+    total, count = torch.zeros((), device=ranks.device), batches.config.eval_batches
+    with torch.set_grad_enabled(gradient):
+        for i in range(ranks.rank, count, ranks.world):
+            loss = model(*batches.evaluation(i, ranks.device))
+            if gradient:
+                loss.backward()
+            total += loss.detach()
+    return all_reduce(total).item() / count
 
 
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
-    with ExitStack() as files:   # closes log and lock
-        return run(config, start_ranks(config.device), files)
-
-
-def run(config, ranks, files):
-    device, main, say, out = ranks.device, ranks.rank == 0, ranks.say, Path(config.out)
-    out = out.resolve() if out.is_symlink() else out   # an earlier run is renamed where it lies
-    saved = newest_checkpoint(out, ranks) if config.resume else None
-    if saved:
-        recall(config, saved["config"], say)
-    elif config.resume:
-        say(f"note: there is no checkpoint in {out} yet: the run begins")
-    c = resolve(config, device, ranks.world)
-    progress = Progress(**saved["progress"]) if saved else Progress()
+    ranks, c, saved = start(config)
+    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
+    # is drawn while training, so a checkpoint holds this, weights, moments and scales, and no more.
+    progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
+    say = ranks.say
     if progress.step >= c.steps:
-        say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps to go on")
+        say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps")
         return None
     check_folders(c)
-    model, train_batches, val_batches = build(c, device)
-    read = [len(train_batches.tokens), len(val_batches.tokens)]
-    check_same([asdict(replace(c, device=None, data=None, out=None)), read],   # paths may differ between nodes
-               "options or data: start all with the same command, and give every node all files of --data")
-    if saved:
-        state = load_state(saved, model)
-        restore_weights(state, model)
-    for p in model.parameters() if ranks.world > 1 else ():
-        dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
-    owner = owners(model, ranks.world)
-    shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
-    optimizer = make_optimizer(model, c, shards)
-    scales = make_scales(model, optimizer, c)
-    if saved:
-        restore_training(state, saved, model, optimizer, scales, progress, c, read, say)
-        del state
-    requantize(model, scales, shards)
-    if shards:
-        shards.share(scales, measured=True)
-    ddp = data_parallel(model, device) if ranks.world > 1 and not shards else model
-
+    run = prepare(c, ranks, saved)
+    run.progress, model = progress, run.model
+    run.ddp = data_parallel(model, ranks.device) if ranks.world > 1 and not run.shards else model
     say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    size = sum(p.numel() for p in model.parameters())
-    say(f"model   {c.model}: {size:,} parameters, vocabulary {model.config.vocab}")
-    say("data    {:,} training and {:,} validation tokens of {}".format(*read, c.data or "Python's own source"))
-    say(f"fp8     {c.fp8}: {numerics(c.fp8, device)}")
+    say("model   {}: {:,} parameters, vocabulary {}; {:,} training and {:,} validation tokens of {}".format(
+        c.model, sum(p.numel() for p in model.parameters()), model.config.vocab, len(run.batches.tokens),
+        len(run.val_batches.tokens), c.data or "Python's own source"))
+    say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
-        say(f"resumed {saved['path']}, written by {len(saved['files'])} ranks, on {ranks.world}")
-    stop.in_loop = True
-    val_loss = evaluate(model, val_batches, ranks)
-    say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {val_loss:.4f}")
+        say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
+            f"{ranks.world} go on")
+    stop.in_loop = True   # from here on a signal lets the loop save
+    run.val_loss = evaluate(model, run.val_batches, ranks)
+    say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {run.val_loss:.4f}")
+    with run_folder(c, ranks, progress.step) as log:   # from here on files are written
+        return loop(run, log)
 
-    # From here on files are written.
-    log = Log(out, c, ranks, progress.step, files) if main else None
-    saver = Saver(out, c.keep, ranks)
+
+def loop(run, log):
+    """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
+    c, ranks, model, shards, progress = run.c, run.ranks, run.model, run.shards, run.progress
+    device, say, saver = ranks.device, ranks.say, Saver(Path(c.out), c.keep, ranks)
     trained = [p for p in model.parameters() if p.requires_grad and (not shards or shards.mine(p))]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
         step, lr = progress.step, learning_rate(progress.step, c)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        loss = forward_backward(ddp, train_batches, step, c, ranks, shards, watching=logging)
-        if device.type == "cuda":   # which is still busy; from here on this process waits for it
-            train_batches.prefetch(step + 1, ranks.rank, device)
-        health = scale_health(model, scales, shards) if logging else {}
+        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=logging)
+        if device.type == "cuda":   # which is still busy: read ahead
+            run.batches.step(step + 1, ranks.rank, device)
+        health = scale_health(model, run.scales, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
-        # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of a
-        # checkpoint: the one wait for the GPU in a step.
-        flags = torch.tensor([float(stop.received), float(saver.written())], device=device)
+        # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of
+        # a checkpoint: the one wait for the GPU in a step.
+        flags = loss.new_tensor([float(stop.received), float(saver.written())])
         shared = all_reduce(torch.cat((loss.view(1), flags)))
         loss, stopping, written, norm_value = torch.cat((shared, norm.view(1))).tolist()
 
-        spike = len(progress.norms) >= 20 and norm_value > (c.spike or 1e30) * statistics.median(progress.norms)
-        if math.isfinite(loss) and math.isfinite(norm_value) and not spike:
+        watched = c.spike and len(progress.norms) >= 20
+        largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
+        if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             progress.updates, in_a_row = progress.updates + 1, 0
             progress.norms = [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
-            update_weights(optimizer, model, scales, lr, progress.updates, c, shards)
+            update_weights(run.optimizer, model, run.scales, lr, progress.updates, c, shards)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
             say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
             if in_a_row >= c.max_skips:
                 saver.finish()
-                first = first_non_finite(model, *train_batches.step(step, ranks.rank, device))
-                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or look "
-                               f"at the data; {last_good(out)}")
-        model.zero_grad(set_to_none=ddp is model)   # DDP: the gradients stay in its buckets, one copy
+                first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
+                raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
+                               f"look at the data; {last_good(c.out)}")
+        model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
         progress.step = step = step + 1
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            val_loss = evaluate(model, val_batches, ranks)
-            progress.best = min(progress.best, (val_loss, step))
-            check_same(scales and scales.scale.tolist(), "weight scales: do all run the same code?")
+            run.val_loss = evaluate(model, run.val_batches, ranks)
+            check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
-            saver.save(own_state(model, optimizer, owner, scales, ranks),
-                       {"step": step, "progress": asdict(progress), "read": read, "config": asdict(c),
-                        "model_config": asdict(model.config)})
+            saver.save(own_state(run), {"step": step, "progress": dict(vars(progress)), "config": asdict(c),
+                                        "model_config": asdict(model.config)})
         elif written == ranks.world:
             saver.finish()
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value, "skipped": progress.skipped,
-                      "tokens_per_s": round(speed, 1), **mfu(model, speed / ranks.world, device), **health,
-                      **({"val_loss": val_loss} if evaluating else {})}
-            if main:
-                log.write(record)
-            left = (time.perf_counter() - started) / (step - first_step) * (c.steps - step)
-            say(progress_line(record, c, left))
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
+                      "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
+                      **({"val_loss": run.val_loss} if evaluating else {}),
+                      **mfu(model, speed / ranks.world, device)}
+            log(record)
+            say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
     seconds = time.perf_counter() - started
     if not saver.finish():
-        raise RunError(f"the last checkpoint is missing: make room in {out}, then go on with --resume")
+        raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
     if progress.step < c.steps:
-        say(f"stopped by a signal; {last_good(out)}; go on with --resume --out {out}")
+        say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
         return None
-    if main:
-        say(f"\n--- sample ---\n{sample(model, val_batches, device, c.seed)}\n--- summary ---")
+    if ranks.rank == 0:
+        say(f"\n--- sample ---\n{sample(model, run.val_batches, device, c.seed)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
-               "tokens": step * tokens_per_step, "train_loss": round(loss, 4), "val_loss": round(val_loss, 4),
-               "skipped_steps": progress.skipped, "time": clock(seconds),
+               "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
+               "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
+               "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
@@ -463,11 +412,68 @@ def run(config, ranks, files):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Before the loop: from options, or from a checkpoint, to what it needs
+
+def start(config):
+    """Return Ranks, the resolved Config, and the manifest of the checkpoint that it asks for, or None."""
+    ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
+    saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
+    if saved:
+        recall(config, saved["config"], ranks.say)
+    elif config.resume:
+        ranks.say(f"note: there is no checkpoint in {config.out} yet: the run begins")
+    need(saved or not reporting, f"there is no checkpoint in {config.out}: check --out, or train first")
+    config.shard = config.shard and not reporting   # then every rank has all weights
+    return ranks, resolve(config, ranks.device, 1 if reporting else ranks.world), saved
+
+
+def make_model(c, device, vocab=None):
+    """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
+    preset = PRESETS[c.model]
+    with blaming(f"--model {c.model}"), torch.device(device):
+        config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
+        model = Transformer(config, c.fp8, c.recompute)
+    if device.type == "cuda" and c.fp8 == "none":
+        model.compile(dynamic=False)
+    return model
+
+
+def build(c, device):
+    """Return (model, training Batches, validation Batches)."""
+    with blaming("--data"):
+        train_tokens, val_tokens, vocab = open_data(c.data)
+    torch.manual_seed(c.seed)
+    model = make_model(c, device, vocab)
+    return model, *(Batches(tokens, c, model.config.vocab) for tokens in (train_tokens, val_tokens))
+
+
+def prepare(c, ranks, saved=None):
+    """Return what a run is made of, with the numbers of the checkpoint whose manifest `saved` is."""
+    model, batches, val_batches = build(c, ranks.device)
+    check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
+                len(batches.tokens), len(val_batches.tokens)],
+               "options or data: start all with the same command, and give every node all files of --data")
+    for p in model.parameters() if ranks.world > 1 else ():
+        dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
+    owner = owners(model, ranks.world)
+    shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
+    optimizer = make_optimizer(model, c, shards)
+    scales = make_scales(model, optimizer, c)
+    if saved:
+        restore(saved, model, optimizer, scales, c, shards)
+    requantize(model, scales, shards)
+    if shards:
+        shards.share(scales, measured=True)
+    return SimpleNamespace(c=c, ranks=ranks, model=model, batches=batches, val_batches=val_batches,
+                           owner=owner, shards=shards, optimizer=optimizer, scales=scales)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What is watched
 
 def scale_health(model, scales, shards=None):
-    """Return, for the log, predicted / true weight scale (below 1 weights saturate), and the means over the layers
-    of the shares of values that saturate or that folding changes (model.py)."""
+    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the mean shares
+    of values that saturate or that folding changes (model.py)."""
     health = {}
     if scales is not None:
         ratio = scales.headroom()
@@ -485,35 +491,32 @@ def scale_health(model, scales, shards=None):
 
 @torch.no_grad()
 def first_non_finite(model, tokens, targets):
-    """Return what is not finite: the output of the first such layer, else the first gradient from the loss back."""
+    """Return what is not finite: the first such output of a layer, else the first gradient from the end."""
+    def look(name, x):
+        if x is not None and not x.isfinite().all():
+            bad.append(name)
     bad = []   # hooks and `fused` stay as they are made here: the run ends
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(
-                lambda _, __, y, name=name: None if y.isfinite().all() else bad.append(f"the output of {name}"))
+            module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
     for block in model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
         model(tokens, targets)
     for name, p in reversed(list(model.named_parameters())):
-        if p.grad is not None and not p.grad.isfinite().all():
-            bad.append(f"the gradient of {name}")
+        look(f"the gradient of {name}", p.grad)
     return bad[0] if bad else "the loss or the norm of the gradient"
 
 
-def clock(seconds):
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
-
-
 def progress_line(record, c, seconds_left):
-    parts = {"loss": "loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {tokens_per_s:,.0f} tok/s",
-             "mfu": "MFU {mfu:.1%}", "scale_ratio": "scale x{scale_ratio:.3f}",
-             "saturated": "saturated {saturated:.2%}, {saturated_grad:.2%}",   # of activations, of gradients
-             "folded": "folded {folded:.2%}, {folded_grad:.2%}, {folded_wgrad:.2%}",   # and of those in wgrad
-             "val_loss": "validation loss {val_loss:.4f}"}
-    shown = "  ".join(text.format(**record) for key, text in parts.items() if key in record)
-    return f"step {record['step']:>{len(str(c.steps))}}/{c.steps}  {shown}  {clock(seconds_left)} left"
+    line = (f"step {record['step']}/{c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tok/s")
+    for name in ("mfu", "saturated", "folded"):   # shares; of X, of dY, and folded across tokens for wgrad
+        shares = [f"{value:.2%}" for key, value in record.items() if key.startswith(name)]
+        line += f"  {name} {', '.join(shares)}" if shares else ""
+    for name, key in (("scale x", "scale_ratio"), ("validation loss ", "val_loss")):
+        line += f"  {name}{record[key]:.4f}" if key in record else ""
+    return f"{line}  {timedelta(seconds=round(seconds_left))} left"
 
 
 def device_name(device):
@@ -522,20 +525,17 @@ def device_name(device):
 
 def numerics(fp8, device):
     """Return in one line what computes the linear layers here, in training and evaluation alike."""
-    on = f"on {device_name(device)}"
-    if fp8 == "none":
-        return f"{'BF16' if device.type == 'cuda' else 'FP32'} {on}"
-    why = "without Triton" if device.type == "cuda" and not HAS_TRITON else "which has no FP8 kernels"
-    return f"FP8 kernels {on}" if has_fp8_tensor_cores(device) else f"FP8 emulated {on}, {why}"
+    plain = "BF16" if device.type == "cuda" else "FP32"
+    eight = "FP8 kernels" if has_fp8_tensor_cores(device) else "FP8 emulated"
+    return f"{plain if fp8 == 'none' else eight} on {device_name(device)}"
 
 
-# Dense BF16 peak in TFLOP/s by the vendors' data sheets, by a part of the device's name: the first match counts.
-BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312,
-             "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "4090": 165, "3090": 71}
+# Dense BF16 peak in TFLOP/s, from data sheets, by a part of the device's name. The first match counts.
+BF16_PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312}
 
 
 def mfu(model, tokens_per_s, device):
-    """Return {"mfu": the share of the BF16 peak that a rank's FLOPs reach}, {} where the peak is not known."""
+    """Return {"mfu": the share of the BF16 peak that a rank reaches}, {} where the peak is not known."""
     peak = next((1e12 * peak for part, peak in BF16_PEAK.items() if part in device_name(device)), None)
     return {"mfu": round(tokens_per_s * flops_per_token(model) / peak, 4)} if peak else {}
 
@@ -549,8 +549,8 @@ def sample(model, batches, device, seed, prompt=None, count=200):
         ids = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
-    need(0 <= min(ids, default=-1) <= max(ids, default=-1) < model.config.vocab,
-         f"--sample {prompt}: this model was trained on token ids below {model.config.vocab}, give some of them")
+    need(ids and all(0 <= i < model.config.vocab for i in ids),
+         f"--sample {prompt}: this model reads token ids below {model.config.vocab}, give some of them")
     generator = torch.Generator(device).manual_seed(seed)
     tokens = model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
     return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
@@ -560,32 +560,28 @@ def sample(model, batches, device, seed, prompt=None, count=200):
 # Data: tokens that lie in files and stay there
 
 class Tokens:
-    """Tokens `first` and on, `count` of them, in files that follow each other, read window by window.
+    """Tokens in files that follow each other, read window by window."""
 
-    files: list of (path, offset in bytes, tokens); dtype: what one token is in them.
-    """
-
-    def __init__(self, files, dtype, first=0, count=None):
-        self.files, self.dtype, self.first = [file for file in files if file[2]], np.dtype(dtype), first
-        self.ends = np.cumsum([size for _, _, size in self.files], dtype=np.int64)
-        self.count = sum(size for _, _, size in files) - first if count is None else count
+    def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
+        self.files, self.dtype = [file for file in files if file[2]], np.dtype(dtype)
+        self.ends = list(itertools.accumulate(count for _, _, count in self.files))
 
     def __len__(self):
-        return self.count
+        return self.ends[-1] if self.ends else 0
 
-    def file_of(self, position):
-        return int(np.searchsorted(self.ends, self.first + position, side="right"))
-
-    def read(self, start, count):
-        """Return tokens start ... start + count - 1 as int64, across file boundaries."""
+    def read(self, start, count, vocab=None):
+        """Return tokens start ... start + count - 1 as int64. UserError for one outside the vocabulary."""
         pieces, stop = [], start + count
         while start < stop:
-            i = self.file_of(start)
-            path, offset, _ = self.files[i]
-            take = min(stop - start, int(self.ends[i]) - self.first - start)
-            skip = self.first + start - (int(self.ends[i]) - self.files[i][2])
-            pieces.append(np.memmap(str(path),   # mapped anew each time: a map keeps all pages that it touched
-                                    self.dtype, "r", offset + skip * self.dtype.itemsize, (take,)).astype(np.int64))
+            i = bisect.bisect(self.ends, start)
+            path, offset, size = self.files[i]
+            skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
+            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
+            piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
+            for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
+                raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
+                                f"is this the right data for --model?")
+            pieces.append(piece)
             start += take
         return np.concatenate(pieces)
 
@@ -595,25 +591,24 @@ def token_file(path):
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
         try:
-            array = np.load(path, mmap_mode="r")
-            need(array.ndim == 1 and array.dtype.kind in "iu", f"--data: {path} holds {array.dtype} of shape "
-                 f"{array.shape}: tokens are a one-dimensional array of integers")
-        except (ValueError, EOFError, AttributeError) as e:
-            raise UserError(f"--data: {path} is no .npy file of tokens ({str(e).partition(chr(10))[0]}): write it "
-                            f"with numpy.save") from None
-        return (path, getattr(array, "offset", 0), len(array)), array.dtype
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as e:   # ValueError mostly, but its header is parsed as Python
+            reason = str(e).partition("\n")[0]
+            raise UserError(f"--data: {path} is no .npy file ({reason}): use numpy.save") from None
+        need(array.ndim == 1 and array.dtype.kind in "iu",
+             f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
+        return (path, array.offset, len(array)), array.dtype
     if suffix != ".bin":
         return (path, 0, size), np.dtype(np.uint8)
-    header = np.fromfile(path, np.int32, 256)   # of llm.c and modded-nanogpt: magic, version, number of tokens
+    header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
     is_shard = len(header) > 2 and header[0] == 20240520
     need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
-         f"--data: {path} has {size} bytes and begins with {header[:3]}: uint16 tokens are read, and whole shards of "
-         f"version 1; copy it again")
+         f"--data: {path} has {size} bytes: no uint16 tokens, nor shards of version 1; copy it again")
     return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
 
 
 def files_below(root):
-    """Return the files in a folder and below, behind links as well. OSError for a folder that cannot be read."""
+    """Return the files in a folder and below, links followed. OSError for a folder that cannot be read."""
     def fail(error):
         raise error
     found, seen = [], set()
@@ -623,6 +618,9 @@ def files_below(root):
         below[:] = [n for n in below if new and n not in ("__pycache__", "site-packages") and n[0] != "."]
         found += [Path(folder, name) for name in names if new and name[0] != "."]
     return found
+
+
+NAMES_OF_RUNS = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # what they write is no data
 
 
 def data_files(source):
@@ -636,48 +634,46 @@ def data_files(source):
         if "**" in root.parts:   # glob passes over folders that cannot be read: this does not
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    of_runs = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # names of what runs write
-    once = {os.path.realpath(p): p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
-            and not any(re.fullmatch(of_runs, part) for part in p.relative_to(top).parts)}
-    files = sorted(once.values(), key=lambda p: p.parts)
+    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
+             and not any(re.fullmatch(NAMES_OF_RUNS, part) for part in p.relative_to(top).parts)]
+    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
-    return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zero bytes
+    return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
 
 
 def open_data(source):
     """Return (training Tokens, validation Tokens, vocabulary or None if the files do not say) of --data.
 
-    Validation data are token files with the word val, valid or validation in their path below --data, or a text
-    file of that name (val.txt). Without these it is a twentieth: of the files, chosen by a checksum of their
-    names, if there are at least 40, else of the tokens, the last ones.
+    Validation data are token files with the word val, valid or validation in their path below --data, or a
+    text file of that name (val.txt). Without these it is a twentieth: of at least 40 files those that a
+    checksum of their names selects, of fewer the last tokens.
     """
     paths, top = data_files(source)
     files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
-    total = sum(count for _, _, count in files)
+    total, kinds = sum(count for _, _, count in files), sorted({str(dtype) for dtype in dtypes})
     need(total, f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
-    need(len(set(dtypes)) == 1, f"--data {source} mixes {' and '.join(sorted({str(d) for d in dtypes}))} tokens: "
-                                f"keep one kind per folder")
+    need(len(kinds) == 1, f"--data {source} mixes {' and '.join(kinds)} tokens: keep one kind per folder")
     dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
-    held_out = [source is not None and len(paths) > 1 and bool(re.fullmatch(word, n, re.I | re.S)) for n in names]
+    held_out = [bool(source and len(paths) > 1 and re.fullmatch(word, name, re.I | re.S)) for name in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
-    if any(held_out):
-        train, val = (Tokens([file for file, out in zip(files, held_out) if out == wanted], dtype)
-                      for wanted in (False, True))
-    else:
-        cut = int(total * (1 - 0.05))
-        train, val = Tokens(files, dtype, 0, cut), Tokens(files, dtype, cut)
-    return train, val, 256 if dtype == np.uint8 else None
+    left, parts = int(total * (1 - 0.05)), ([], [])
+    for (path, offset, count), out in zip(files, held_out):
+        take = count * (not out) if any(held_out) else min(left, count)   # one file may be cut in two
+        parts[0].append((path, offset, take))
+        parts[1].append((path, offset + take * dtype.itemsize, count - take))
+        left -= take
+    return *(Tokens(part, dtype) for part in parts), 256 if dtype == np.uint8 else None
 
 
 def shuffled(number, n, keys):
     """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
 
-    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone
-    whatever f does, so no two numbers meet. One that lands at n or above goes through again until it is below.
+    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be
+    undone, whatever f does, so no two numbers meet. One that lands at n or above goes through again.
     """
-    golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit into the upper half
+    golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit upwards
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     while True:
         for key in keys:
@@ -690,24 +686,20 @@ def shuffled(number, n, keys):
 class Batches:
     """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks.
 
-    The data are cut into windows. Every epoch visits each of them once, in an order and with edges of its own.
+    Every epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own.
     """
 
     def __init__(self, tokens, config, vocab):
         self.tokens, self.config, self.vocab = tokens, config, vocab
-        self.windows, self.ready = (len(tokens) - 1) // config.seq, None
+        self.windows = (len(tokens) - 1) // config.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
                                f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
-        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now, not later
+        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
-        """Return inputs, targets (B, seq) int64. UserError for a token that the model does not know."""
-        windows = np.stack([self.tokens.read(int(start), self.config.seq + 1) for start in starts])
-        for i, j in np.argwhere((windows >= self.vocab) | (windows < 0))[:1]:
-            path = self.tokens.files[self.tokens.file_of(int(starts[i]) + int(j))][0]
-            raise UserError(f"token id {windows[i, j]} in {path} is outside the model's vocabulary of "
-                            f"{self.vocab}: is this the right data for --model {self.config.model}?")
-        windows = torch.from_numpy(windows)
+        """Return inputs, targets (B, seq) int64."""
+        windows = [self.tokens.read(int(start), self.config.seq + 1, self.vocab) for start in starts]
+        windows = torch.from_numpy(np.stack(windows))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
@@ -720,17 +712,11 @@ class Batches:
         keys = rng.integers(1 << 62, size=4).tolist()
         return edge + self.config.seq * shuffled(number, self.windows, keys)
 
+    @lru_cache(1)   # so that the loop can read ahead
     def step(self, step, micro, device):
-        """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch's order."""
-        ready, self.ready = self.ready, None
-        if ready and ready[0] == (step, micro):
-            return ready[1]
+        """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch."""
         first = (step * self.config.accum + micro) * self.config.batch
         return self.load([self.start(first + i) for i in range(self.config.batch)], device)
-
-    def prefetch(self, step, micro, device):
-        """Read what `step` will be asked for, while the GPU still computes."""
-        self.ready = (step, micro), self.step(step, micro, device)
 
     def evaluation(self, i, device):
         """Return micro-batch i of eval_batches: evenly spaced windows, the same at every evaluation."""
@@ -746,11 +732,7 @@ stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told
 
 
 def on_signal(*_):
-    """SIGINT or SIGTERM ask the loop to finish its step, save and leave. Before it they end the process.
-
-    Further signals change nothing, for schedulers and torchrun send several. kill -9 ends a run at once, and costs
-    the steps since the last checkpoint.
-    """
+    """End the process before the loop begins, later the loop, which finishes its step and saves."""
     stop.received = True
     if not stop.in_loop:
         raise KeyboardInterrupt
@@ -763,26 +745,26 @@ class Ranks:
     device: torch.device
 
     def say(self, text):
-        """Print on rank 0. Output that cannot be written, to a full disk or a closed pipe, does not end a run."""
-        with suppress(OSError):
+        """Print on rank 0. Output that cannot be written does not end a run."""
+        try:
             if self.rank == 0:
                 print(text)
+        except OSError:
+            sys.stdout = None   # print does nothing from here on
 
 
 def start_ranks(name):
     """Return the Ranks of this process, which joins the others if torchrun started it.
 
-    PyTorch keeps the starts of torchrun apart by the number of restarts. (A node that joins or leaves is not
-    counted as one: then start all of them anew.)
+    PyTorch tells torchrun's restarts apart, but not those for a node that joins or leaves: start all anew.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    gpu = device.type == "cuda"
+    gpu, count = device.type == "cuda", torch.cuda.device_count()
+    need(not gpu or device.index < count, f"--device {name}: {device} is not one of {count} GPUs here: use "
+                                          f"--device cpu or start fewer ranks")
     if gpu:
-        needed = max((device.index or 0) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        need(needed <= torch.cuda.device_count(), f"--device {name}: {needed} GPUs are needed, PyTorch sees "
-             f"{torch.cuda.device_count()}: use --device cpu or start fewer ranks")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
@@ -790,8 +772,8 @@ def start_ranks(name):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
                                 device_id=device if gpu else None)
     except (ValueError, dist.DistError) as e:
-        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): start them with torchrun, and give "
-                       f"each job a --master_port or --rdzv_endpoint of its own") from None
+        raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): use torchrun, and give each "
+                       f"job a --master_port or --rdzv_endpoint of its own") from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -815,12 +797,12 @@ def check_same(thing, what):
 
 
 def data_parallel(model, device):
-    """Return DDP. Micro-batches are summed in FP32; on GPUs the sum travels in BF16, during the backward pass."""
+    """Return DDP. It sums micro-batches in FP32. On GPUs the sum travels in BF16."""
     gpu = device.type == "cuda"
     for p in model.parameters():   # for DDP's buckets; those of a first micro-batch would lie beside them
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    # On CPUs, looking for unused parameters keeps DDP from another order of its sums after the first step, which
-    # a resumed run would not have had. (On GPUs attention alone makes two runs differ.)
+    # On CPUs, looking for unused parameters keeps DDP from changing the order of its sums after the first
+    # step, which a resumed run would notice. (On GPUs attention alone makes two runs differ.)
     ddp = DistributedDataParallel(model, device_ids=[device.index] if gpu else None, init_sync=False,
                                   gradient_as_bucket_view=True, find_unused_parameters=not gpu)
     if gpu:
@@ -829,8 +811,7 @@ def data_parallel(model, device):
 
 
 def owners(model, world):
-    """Return {parameter: its rank}, which writes it to checkpoints and with --shard owns it: the largest first, each
-    to the least loaded rank."""
+    """Return {parameter: the rank that writes it to checkpoints and, with --shard, owns it}: even shares."""
     owner, load = {}, [0] * world
     for p in sorted(model.parameters(), key=lambda p: -p.numel()):
         owner[p] = load.index(min(load))
@@ -839,13 +820,13 @@ def owners(model, world):
 
 
 class Shards:
-    """ZeRO stage 1 by whole parameters: each has one rank that keeps its FP32 weights and moments and steps them.
+    """ZeRO stage 1 by whole parameters: one rank keeps the FP32 weight and moments of each and steps it.
 
         after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner during the backward pass
         after the step   quantized weights: W in FP8 from the owner to all, each of which makes its W^T of it;
-                         embedding, head and norms in BF16 (FP32 on a CPU), in which the model computes with them
+                         embedding, head and norms in BF16 (FP32 on a CPU), as the model computes with them
 
-    Scales are predicted, by the same arithmetic on all ranks. Only where they are measured are they exchanged.
+    All ranks predict scales by the same arithmetic. They exchange those that they measure.
     """
 
     def __init__(self, model, owner, ranks):
@@ -869,7 +850,7 @@ class Shards:
         if not self.sending:
             return
         gradient = p.grad.to(self.dtype) / self.ranks.world
-        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees that there was one
+        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees one
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
             self.receive(*self.sent.pop(0))
@@ -913,33 +894,25 @@ class Shards:
 
 def checkpoints(out):
     """Return the checkpoints in a folder, which are folders step_00000100 and so on, the newest first."""
-    found = [path for path in out.glob("step_*") if re.fullmatch("step_[0-9]+", path.name)]
+    found = [path for path in Path(out).glob("step_*") if re.fullmatch("step_[0-9]+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def last_good(out):
-    return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved yet"
+    return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved"
 
 
-def on_cpu(state):
-    """Return a copy of nested dicts whose tensors lie in the CPU's memory. Training waits for it: for 10 GB one
-    thread takes 6 s, and eight take 0.8 s."""
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    if not isinstance(state, torch.Tensor):
-        return state
-    copy = torch.empty(state.shape, dtype=state.dtype)
-    parts = (t.reshape(-1).chunk(8 if t.numel() > 2**20 else 1) for t in (copy, state.detach()))
-    with ThreadPoolExecutor(8) as pool:   # zero_ touches memory that is new, which takes longer than copying
-        list(pool.map(lambda new, old: new.zero_().copy_(old), *parts))
-    return copy
-
-
-def own_state(model, optimizer, owner, scales, ranks):
-    """Return what this rank writes to a checkpoint: weight and moments of the parameters that it owns, by name."""
-    own = {name: {"weight": p.data, **optimizer.state.get(p, {})}
-           for name, p in model.named_parameters() if owner[p] == ranks.rank}
-    return on_cpu({"parameters": own, "scales": scales.state_dict() if scales and ranks.rank == 0 else None})
+def own_state(run):
+    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
+    def copy(x):   # zero_ touches memory that is new, which takes longer than copying
+        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
+    own = {}
+    with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
+        for name, p in run.model.named_parameters():
+            if run.owner[p] == run.ranks.rank:
+                kept = {"weight": p.data, **run.optimizer.state.get(p, {})}
+                own[name] = dict(zip(kept, pool.map(copy, kept.values())))
+    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
 
 
 def sums(path):
@@ -951,9 +924,8 @@ def sums(path):
 class Saver:
     """Write checkpoints in the background, while training goes on. All ranks call its methods together.
 
-    Each rank writes a file with what it owns into step_00000100.tmp/. When the files of all are whole, rank 0
-    writes manifest.json, with their sizes and checksums, and renames the folder: a crash leaves a whole checkpoint
-    or none.
+    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
+    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
     """
 
     def __init__(self, out, keep, ranks):
@@ -974,8 +946,8 @@ class Saver:
             with open(path) as f:
                 os.fsync(f.fileno())
             self.result = {path.name: sums(path)}
-        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing may pass for success here
-            self.result = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing passes for success
+            self.result = f"{type(e).__name__}: {e}".partition("\n")[0]
 
     def written(self):
         """Return whether this rank has written its file of a checkpoint that is not finished yet."""
@@ -992,109 +964,88 @@ class Saver:
             error = gather(self.commit(results) if self.ranks.rank == 0 else None)[0]
         self.ok = error is None
         if error:
-            self.ranks.say(f"warning: the checkpoint of step {self.content['step']} could not be written ({error}): "
-                           f"make room in {self.out}; {last_good(self.out)}")
+            self.ranks.say(f"warning: the checkpoint of step {self.content['step']} could not be written "
+                           f"({error}): make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(self.folder, ignore_errors=True)
         return self.ok
 
     def commit(self, results):
         """Write the manifest, rename the folder, remove old ones. Return an error as text, or None."""
-        content = {**self.content, "files": {name: read for result in results for name, read in result.items()}}
+        files = {name: read for result in results for name, read in result.items()}
+        content = {**self.content, "files": files}
         try:
             with open(self.folder / "manifest.json", "w") as f:
                 json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
                 f.flush()
                 os.fsync(f.fileno())
             os.rename(self.folder, self.folder.with_suffix(""))
-            for old in checkpoints(self.out)[self.keep:]:
-                if int(old.name[5:]) != content["progress"]["best"][1]:
-                    gone = old.rename(old.with_suffix(".tmp"))   # what is half removed must not look whole
-                    threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
+            for old in checkpoints(self.out)[self.keep:]:   # what is half removed must not look whole
+                gone = old.rename(old.with_suffix(".tmp"))
+                threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
         except OSError as e:
             return f"{type(e).__name__}: {e.strerror}"
 
 
-def read_manifest(path):
-    """Return its content. ValueError if it is not what was written, or if the folder has the name of another step."""
+def read_manifest(path, ranks):
+    """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
     if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
         raise ValueError("the checksum of its manifest is wrong")
     if content["step"] != int(path.name[5:]):
         raise ValueError(f"it was written as that of step {content['step']}")
+    for i, (name, written) in enumerate(content["files"].items()):
+        if i % ranks.world == ranks.rank and sums(path / name) != written:
+            raise ValueError(f"{name} is not what was written")
     return {**content, "path": path}
 
 
 def newest_checkpoint(out, ranks):
-    """Return the manifest of the newest checkpoint that is whole, None where there is none. Ranks share the reading.
-
-    UserError if none of several is whole, RunError if the ranks do not see the same folder.
-    """
+    """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
-    check_same([path.name for path in found], f"checkpoints: --out {out} has to be a folder that all nodes see")
+    check_same([path.name for path in found], f"checkpoints: --out {out} is not a folder that all nodes see")
     for path in found:
+        damage = None
         try:
-            saved, reason = read_manifest(path), None
-            for i, (name, written) in enumerate(saved["files"].items()):
-                if i % ranks.world == ranks.rank and sums(path / name) != written:
-                    reason = f"{name} is not what was written"
+            saved = read_manifest(path, ranks)
         except (OSError, ValueError, LookupError, TypeError) as e:
-            reason = str(e) if type(e) is ValueError else type(e).__name__
-        reason = next(filter(None, gather(reason)), None)
-        if not reason:
+            damage = f"{type(e).__name__}: {e}"
+        damage = next(filter(None, gather(damage)), None)
+        if not damage:
             return saved
-        ranks.say(f"note: {path} is damaged ({reason}); looking for the one before it")
+        ranks.say(f"note: {path} is damaged ({damage}); looking for the one before it")
     need(not found, f"no checkpoint in {out} is whole: restore one from a copy, or train without --resume")
 
 
-def load_state(saved, model):
-    """Return {"parameters": by name, "scales"} of a checkpoint; what is not used is not read from its files."""
+@torch.no_grad()
+def restore(saved, model, optimizer, scales, c, shards=None):
+    """Restore weights and scales, and to go on training Adam's moments, by name and bit for bit.
+
+    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
+    """
     for name, value in asdict(model.config).items():
         was = saved["model_config"].get(name, value)
-        need(name == "seq" or was == value, f"{saved['path']} holds a model with {name} = {was}, but {name} = {value} "
-             f"is asked for: use the --model and --data that it was trained with")
+        need(name == "seq" or was == value,
+             f"{saved['path']} holds a model with {name} = {was}, not {value}: "
+             f"use the --model, --layers and --data of that run")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
-    return {"parameters": {name: kept for part in parts for name, kept in part["parameters"].items()},
-            "scales": next((part["scales"] for part in parts if part["scales"]), None)}
-
-
-@torch.no_grad()
-def restore_weights(state, model):
+    kept = {name: values for part in parts for name, values in part["parameters"].items()}
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        p.copy_(state["parameters"][name]["weight"])
-
-
-def restore_scales(state, saved, scales, c):
-    """Restore the weight scales bit for bit, or a resumed run would differ from an uninterrupted one. Measure them
-    if the recipe is another one now, or if a weight exceeds what its scale allows."""
+        weight = kept[name].pop("weight")
+        if not shards or shards.mine(p):
+            p.copy_(weight)
+        for key, value in kept[name].items() if c.resume and p in group_of else ():
+            # A step count lies on the CPU, but for PyTorch's fused AdamW.
+            device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
+            optimizer.state[p][key] = value.to(device, copy=True)
     if scales:
-        if saved["config"]["fp8"] == c.fp8:
-            scales.load_state_dict(state["scales"])
-        exceeded = all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1   # on any rank
-        if saved["config"]["fp8"] != c.fp8 or exceeded:
+        same = saved["config"]["fp8"] == c.fp8
+        if same:
+            scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
+        if not same or all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
             scales.rescale()
-
-
-def restore_training(state, saved, model, optimizer, scales, progress, c, read, say):
-    """Restore moments and scales, as far as they hold under the options and data of today."""
-    changed = {name for name, value in saved["config"].items() if getattr(c, name, value) != value}
-    if saved["read"] != read:
-        say("note: --data held {:,} training and {:,} validation tokens, and now holds {:,} and {:,}".format(
-            *saved["read"], *read))
-    same_loss = saved["read"] == read and not changed & {"data", "seq", "batch", "eval_batches"}
-    progress.best = tuple(progress.best) if same_loss else Progress.best
-    if changed & {"beta1", "beta2"}:   # no bound of Adam's steps holds for moments of two kinds
-        say("note: Adam's moments begin anew, for they were means under other betas")
-        progress.updates = 0
-    names = {p: name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups if progress.updates else ():   # settings are those of this run
-        for p in group["params"]:
-            for key, value in state["parameters"][names[p]].items():
-                if key != "weight":   # a step count lies on the CPU, but for PyTorch's fused AdamW
-                    device = p.device if key != "step" or group.get("fused") else "cpu"
-                    optimizer.state[p][key] = value.to(device, copy=True)
-    restore_scales(state, saved, scales, c)
 
 
 def check_folders(c):
@@ -1104,196 +1055,175 @@ def check_folders(c):
         nearest = next(p for p in (path, *path.parents) if p.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
-    for path in (Path.cwd(), Path(c.data or ".")):
-        need(not path.resolve().is_relative_to(Path(c.out).resolve()), f"--out {c.out} holds {path}, and is renamed "
-             f"when another run begins in it: give a folder of its own")
-    need(not c.tensorboard or find_spec("tensorboard"),
-         "--tensorboard needs tensorboard: pip install tensorboard, or leave it out")
+    for path in (Path.cwd(), Path(c.data or ".").resolve()):
+        need(not path.is_relative_to(Path(c.out).resolve()),
+             f"--out {c.out} holds {path}, and the next run renames it: give a folder of its own")
+    need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
 
 
 def lock(out, files):
-    """Lock a folder for this run, until `files` closes. UserError if another run holds it."""
-    with suppress(ImportError):   # Windows
-        import fcntl
-        held = files.enter_context(open(out / ".lock", "a"))
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-        except OSError:   # a file system without locks: do without
-            pass
+    """Make a folder and lock it for this run, until `files` closes. UserError if another run holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = files.enter_context(open(out / ".lock", "a"))
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
+    except OSError:   # a file system without locks: do without
+        pass
 
 
 def read_log(path):
-    """Return (line, record) for the lines of a log. The record is {} for what a user wrote; a last line that a crash
-    cut short is left out."""
+    """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     pairs = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
-        record = None
-        with suppress(ValueError):
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else ():
+        try:
             record = json.loads(line)
-        if line.endswith("\n"):
-            pairs.append((line, record if isinstance(record, dict) else {}))
+        except ValueError:
+            record = None
+        ours = isinstance(record, dict) and isinstance(record.get("step"), int)
+        pairs.append((line + "\n", record if ours else {}))
     return pairs
 
 
-class Log:
-    """log.jsonl in a folder that is this run's alone, and tensorboard's copy of it."""
+def move_aside(path):
+    """Rename a folder to the first name that is free, path.1, path.2 and so on, and return it."""
+    names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
-    def __init__(self, out, c, ranks, step, files):
-        """Move an earlier run aside, or cut off what it left after its last checkpoint, that of `step`."""
-        self.say, path = ranks.say, out / "log.jsonl"
-        name = device_name(ranks.device) if ranks.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        self.about = {   # what one has to know to repeat the run, in the first line
-            "command": shlex.join(sys.argv), "config": asdict(c), "hardware": f"{ranks.world} x {name}",
-            "torch": torch.__version__, "triton": sys.modules["triton"].__version__ if HAS_TRITON else None,
-            "python": sys.version.split()[0]}
-        try:
-            if out.exists():
-                lock(out, files)
+
+@contextmanager
+def run_folder(c, ranks, step):
+    """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and to tensorboard.
+
+    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`.
+    """
+    if ranks.rank:
+        yield lambda record: None
+        return
+    out, board = Path(c.out).resolve(), None   # behind a link, too, an earlier run is renamed where it lies
+    path = out / "log.jsonl"
+    with ExitStack() as files:
+        with blaming(f"--out {out}"):
+            lock(out, files)
             if not c.resume and (path.exists() or checkpoints(out)):
-                names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
-                earlier = out.rename(next(name for name in names if not name.exists()))
-                self.say(f"an earlier run in {out} was moved to {earlier}")
-            if not out.exists():
-                out.mkdir(parents=True)
+                ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
                 shutil.rmtree(unfinished)
             for newer in checkpoints(out):
                 if int(newer.name[5:]) > step:   # damaged, else it would have been taken
-                    self.say(f"note: {newer} is now called {newer.rename(newer.with_suffix('.damaged')).name}")
-            kept = [line for line, record in read_log(path) if record.get("step", 0) <= step]
-            path.with_suffix(".tmp").write_text("".join(kept))
+                    ranks.say(f"note: {newer} was moved to {move_aside(newer)}")
+            before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
+            path.with_suffix(".tmp").write_bytes("".join(before).encode())
             os.replace(path.with_suffix(".tmp"), path)
-            self.file, self.board = files.enter_context(open(path, "a", buffering=1)), None
+            file = files.enter_context(open(path, "a", buffering=1))
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(c.tensorboard, purge_step=step + 1 if c.resume else None)
-        except OSError as e:
-            raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another folder") from None
+                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
+        about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
+                 "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores",
+                 "python": sys.version.split()[0],
+                 "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
 
-    def write(self, record):
-        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}   # JSON has no NaN
-        where = "the log"
-        try:
-            self.file.write(json.dumps({**finite, **self.about}) + "\n")
-            self.about, where = {}, "--tensorboard"
-            for key, value in record.items() if self.board else ():
-                self.board.add_scalar(key, value, record["step"])
-        except OSError as e:
-            self.say(f"warning: step {record['step']} is not in {where} ({e.strerror}): make room for it")
+        def log(record):
+            finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
+            try:
+                file.write(json.dumps({**finite, **about}) + "\n")
+                about.clear()
+                for key, value in record.items() if board else ():
+                    board.add_scalar(key, value, record["step"])
+            except OSError as e:
+                ranks.say(f"warning: step {record['step']} is not in the log or --tensorboard ({e.strerror})")
+        yield log
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
-def report(c, ranks):
+def report(config):
     """--eval_only and --sample, of the newest whole checkpoint. Writes nothing.
 
-    Several recipes in --fp8 are compared at the same weights, where chance has no part: the loss, and the error of
-    the gradient of that, ||g - g_first|| / ||g_first||, with g_first of the first recipe.
+    Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
+    against that of the first, ||g - g_first|| / ||g_first||.
     """
-    saved = newest_checkpoint(Path(c.out), ranks)
-    need(saved, f"there is no checkpoint in {c.out}: check --out, or train first")
-    recall(c, saved["config"], ranks.say)
-    c, first = resolve(c, ranks.device, 1), None
-    recipes = [replace(c, fp8=fp8) for fp8 in c.fp8.split(",")]
+    ranks, c, saved = start(config)
+    recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 or ranks.world == 1, "--eval-only of several recipes: run it without torchrun")
-    model, _, batches = build(recipes[0], ranks.device)
-    for recipe in recipes:
-        model = model or make_model(recipe, ranks.device, batches.vocab)   # the first is there
-        state = load_state(saved, model)
-        restore_weights(state, model)
-        scales = make_scales(model, make_optimizer(model, recipe), recipe)
-        restore_scales(state, saved, scales, recipe)
-        requantize(model, scales)
+    for fp8 in recipes:
+        run = prepare(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:
-            ranks.say(sample(model, batches, ranks.device, c.seed, c.sample))
-        elif len(recipes) == 1:
-            loss = evaluate(model, batches, ranks)
-            ranks.say(f"{saved['path']}: step {saved['step']}, validation loss {loss:.4f}, perplexity "
-                      f"{np.exp(loss):.3f}, {numerics(c.fp8, ranks.device)}")
-        else:
-            loss = 0.0
-            for i in range(c.eval_batches):   # gradients add up
-                one = model(*batches.evaluation(i, ranks.device)) / c.eval_batches
-                one.backward()
-                loss += one.item()
-            gradient = [p.grad for p in model.parameters()]
+            return ranks.say(sample(run.model, run.val_batches, ranks.device, c.seed, c.sample))
+        loss = evaluate(run.model, run.val_batches, ranks, gradient=len(recipes) > 1)
+        line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
+        if len(recipes) > 1:
+            gradient = [p.grad for p in run.model.parameters()]
             first = first or gradient
             error = get_total_norm([g - g0 for g, g0 in zip(gradient, first)]) / get_total_norm(first)
-            ranks.say(f"{saved['path']}  {recipe.fp8:8}  loss {loss:.4f}  gradient {error:.2%} off")
-        model = gradient = None
+            line += f"  gradient {error:.2%} off"
+        ranks.say(line)
+        run = gradient = None
         gc.collect()   # a compiled model refers to itself: the next one needs its memory
 
 
 def plot_runs(folders, path):
-    """Draw training losses as lines, validation losses as dots, of the runs in these folders; earlier ones wider."""
-    with picture(path, yscale="log", xlabel="step", ylabel="loss in nats per token; dots: validation") as axes:
+    """Draw training losses as lines, validation losses as dots, of the runs in these folders."""
+    with picture(path, yscale="log", xlabel="step", ylabel="loss, nats per token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
             records = [record for _, record in read_log(folder / "log.jsonl") if "loss" in record]
             need(records, f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
-            steps, losses, val_losses = ([r.get(key) for r in records] for key in ("step", "loss", "val_loss"))
+            steps, losses, val_losses = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss"))
             line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
 
 
-COLUMNS = {  # of the table that --bench prints: format
-    "fwd+bwd ms": "12.2f", "optimizer ms": "14.2f", "tokens/s": "12,.0f", "MFU": "8.1%", "x none": "8.3f",
-    "peak GiB": "10.2f", "kept GiB": "10.3f", "compile s": "11.1f"}
+COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU": ".1%", "x none": ".3f",
+           "peak GiB": ".2f"}   # of the table that --bench prints: format
 
 
 def bench(c, device):
-    """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}. Writes no files.
+    """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the first and
-    one of the second, `x none` the first alone. `kept` is what a forward pass leaves for the backward pass, and
-    `compile` what the first step took longer than the others.
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
+    first and one of the second, `x none` the first alone.
     """
-    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x {c.seq} "
-          f"tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
-          + "".join(f"{title:>{re.match('[0-9]+', form)[0]}}" for title, form in COLUMNS.items()))
-    rows = {}
+    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
+          f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
+          + "".join(f"{title:>14}" for title in COLUMNS))
+    rows, gpu = {}, device.type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
     for fp8 in c.fp8.split(","):
-        rows[fp8] = row = bench_recipe(replace(c, fp8=fp8), device)
+        torch.manual_seed(c.seed)
+        model, times = make_model(replace(c, fp8=fp8), device), []
+        optimizer = make_optimizer(model, c)
+        scales = make_scales(model, optimizer, c)
+        requantize(model, scales)
+        inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(c.steps + 3):   # the first three warm up
+            wait()
+            start = time.perf_counter()
+            model(inputs, targets).backward()
+            wait()
+            middle = time.perf_counter()
+            update_weights(optimizer, model, scales, c.lr, step + 1, c)
+            wait()
+            times.append((middle - start, time.perf_counter() - middle))
+            optimizer.zero_grad()
+        forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
+        speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
+        rows[fp8] = row = {
+            "fwd+bwd ms": forward_backward, "optimizer ms": update, "tokens/s": speed,
+            "MFU": mfu(model, speed, device).get("mfu", math.nan),
+            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan}
+        row["x none"] = rows["none"]["fwd+bwd ms"] / forward_backward if "none" in rows else math.nan
+        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()))
+        model = optimizer = scales = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
-        row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
-        print(f"{fp8:8}" + "".join(f"{row[title]:{form}}" for title, form in COLUMNS.items()), flush=True)
     return rows
-
-
-def bench_recipe(c, device):
-    torch.manual_seed(c.seed)
-    model = make_model(c, device)
-    optimizer = make_optimizer(model, c)
-    scales = make_scales(model, optimizer, c)
-    requantize(model, scales)
-    inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
-    gpu, times = device.type == "cuda", []
-    wait, memory = (torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu else (lambda: None, lambda: math.nan)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(c.steps + 3):   # the first three warm up
-        wait()
-        start, before = time.perf_counter(), memory()
-        loss = model(inputs, targets)
-        kept = memory() - before
-        loss.backward()
-        wait()
-        middle = time.perf_counter()
-        update_weights(optimizer, model, scales, c.lr, step + 1, c)
-        wait()
-        times.append((middle - start, time.perf_counter() - middle))
-        optimizer.zero_grad()
-    forward_backward, update = (statistics.median(column) for column in zip(*times[3:]))
-    tokens, seconds = c.accum * c.batch * c.seq, c.accum * forward_backward + update
-    return {"fwd+bwd ms": 1e3 * forward_backward, "optimizer ms": 1e3 * update, "tokens/s": tokens / seconds,
-            "MFU": mfu(model, tokens / seconds, device).get("mfu", math.nan), "kept GiB": kept / 2**30,
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan,
-            "compile s": times[0][0] - forward_backward}
 
 
 def main(argv=None):
@@ -1303,10 +1233,10 @@ def main(argv=None):
         if config.plot:
             plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
         elif config.bench:
-            device = start_ranks(config.device).device
-            bench(resolve(config, device, 1), device)
+            ranks, config, _ = start(config)
+            bench(config, ranks.device)
         elif config.eval_only or config.sample is not None:
-            report(config, start_ranks(config.device))
+            report(config)
         else:
             train(config)
         return 0
@@ -1316,14 +1246,13 @@ def main(argv=None):
         code, message = 2, f"error: {e}"
     except (RunError, OSError) as e:
         code, message = 1, f"error: {e}"
-    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError; on a CPU it has no name
+    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
-        if re.search("out of memory|DefaultCPUAllocator", str(e)) or isinstance(e, MemoryError):
-            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, which trains the same "
-                       f"in less memory, or add --recompute block; python model.py counts what models need")
+        if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
+            message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, "
+                       f"which trains the same in less memory, or add --recompute block")
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
-            message = (f"error: another rank is gone or cannot be reached ({reason}): its messages say why; torchrun "
-                       f"--max-restarts with --resume goes on from the last checkpoint")
+            message = f"error: another rank is gone ({reason}): torchrun --max-restarts with --resume goes on"
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
@@ -1337,17 +1266,12 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     code = main()
-    try:
-        sys.stdout and sys.stdout.flush()
-    except OSError:   # Python would try once more, and exit with another code
-        sys.stdout = None
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:   # a checkpoint is being written
                 thread.join()
-        sys.stderr.flush()
         os._exit(code)
     if dist.is_initialized():
-        gc.collect()   # frees DDP: what still holds the process group keeps its threads running into Python's end
+        gc.collect()   # frees DDP, which holds the process group, whose threads must end before Python does
         dist.destroy_process_group()
     sys.exit(code)
