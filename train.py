@@ -15,7 +15,6 @@ loop; what it needs (start-up, what is watched, data, ranks, the run's folder); 
 """
 import argparse
 import bisect
-import fcntl
 import gc
 import glob
 import itertools
@@ -33,7 +32,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -133,8 +132,9 @@ DEFAULTS = {   # batch and learning rate as models of these sizes are usually tr
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
 LIMITS = {   # the least and the most that make sense
-    **dict.fromkeys("layers batch accum seq steps log_every eval_every max_skips keep".split(), (1, 2**31)),
-    "eval_batches": (1, 2**20), "warmup": (0, 2**31), "rescale_interval": (0, 2**31),
+    **dict.fromkeys("batch accum steps log_every eval_every max_skips keep".split(), (1, 2**31)),
+    "layers": (1, 1000), "seq": (1, 2**24), "eval_batches": (1, 2**20),
+    "warmup": (0, 2**31), "rescale_interval": (0, 2**31),
     "lr": (1e-30, 10), "clip": (1e-30, 1e30), "spike": (0, 1e30), "weight_decay": (0, 10),
     "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
 
@@ -146,23 +146,26 @@ def parse_config(argv=None):
     modes = parser.add_mutually_exclusive_group()
     for f in fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default not in (None, False) else "")
-        kind = {"action": "store_true"} if f.default is False else {"type": f.type, "metavar": f.name.upper()}
+        switch = "store_true" if f.name in MODES else argparse.BooleanOptionalAction   # --no-shard as well
+        kind = {"action": switch} if f.type is bool else {"type": f.type, "metavar": f.name.upper()}
         names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))   # --max_skips or --max-skips
         (modes if f.name in MODES else parser).add_argument(*names, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         need(value != "", f"--{name} is empty: give it a value, or leave it out")
     config = Config(**given)
-    config.given = given
+    config.given, config.data = given, config.data and os.path.abspath(config.data)   # for --resume elsewhere
     return config
 
 
 def recall(c, saved, say):
     """Take the options that the command line does not give from a checkpoint's run. Say what differs."""
     for name, value in saved.items():
-        if name in (*MODES, "out", "device") or not hasattr(c, name):   # a fork may know fewer options
+        if name in (*MODES, "out", "device"):
             continue
-        if name not in c.given:
+        if not hasattr(c, name):
+            say(f"note: the run had --{name} {value}, an option that does not exist any more")
+        elif name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
             need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
@@ -184,11 +187,11 @@ def resolve(c, device, world):
             setattr(c, name, max(value, world) if name == "accum" else value)
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
-    c.data = c.data and os.path.abspath(c.data)   # so that --resume finds it from any folder
     for name, (least, most) in LIMITS.items():
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    need(c.batch * max(c.seq, c.eval_batches) < 2**31, f"--batch {c.batch}: no machine holds it, lower it")
+    need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
+         f"--batch {c.batch} with --seq {c.seq} and --eval_batches {c.eval_batches}: no machine holds it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
          f"{c.fp8} needs to sum over them: change --batch or --seq")
@@ -218,7 +221,7 @@ def make_optimizer(model, c, shards=None):
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
     predicted = [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"]
-    return FP8AdamW(groups, predicted, **options)
+    return FP8AdamW(groups or [{"params": []}], predicted, **options)   # a rank may own frozen weights alone
 
 
 def make_scales(model, optimizer, c):
@@ -372,6 +375,7 @@ def loop(run, log):
                                f"look at the data; {last_good(c.out)}")
         model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
         progress.step = step = step + 1
+        now = time.perf_counter()
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
@@ -383,7 +387,7 @@ def loop(run, log):
         elif written == ranks.world:
             saver.finish()
         if logging or evaluating or stopping:
-            speed = (step - last_step) * tokens_per_step / (time.perf_counter() - last_time)
+            speed = (step - last_step) * tokens_per_step / (now - last_time)   # of training alone
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
                       "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
                       **({"val_loss": run.val_loss} if evaluating else {}),
@@ -442,9 +446,10 @@ def build(c, device):
     """Return (model, training Batches, validation Batches)."""
     with blaming("--data"):
         train_tokens, val_tokens, vocab = open_data(c.data)
+    known = vocab or PRESETS[c.model].vocab
+    batches = [Batches(tokens, c, known) for tokens in (train_tokens, val_tokens)]
     torch.manual_seed(c.seed)
-    model = make_model(c, device, vocab)
-    return model, *(Batches(tokens, c, model.config.vocab) for tokens in (train_tokens, val_tokens))
+    return make_model(c, device, vocab), *batches
 
 
 def prepare(c, ranks, saved=None):
@@ -620,7 +625,7 @@ def files_below(root):
     return found
 
 
-NAMES_OF_RUNS = "step_[0-9]+([.].*)?|log[.](jsonl|tmp)"   # what they write is no data
+NAMES_OF_RUNS = "step_[0-9]{8,}([.](tmp|[0-9]+))?|log[.](jsonl|tmp)"   # what they write is no data
 
 
 def data_files(source):
@@ -631,7 +636,7 @@ def data_files(source):
     else:   # one file, or a pattern
         files = [root] if root.exists() else [Path(name) for name in glob.glob(str(root), recursive=True)]
         need(files, f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
-        if "**" in root.parts:   # glob passes over folders that cannot be read: this does not
+        if glob.has_magic(str(root.parent)):   # glob passes over folders that cannot be read: this does not
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
     files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
@@ -756,7 +761,8 @@ class Ranks:
 def start_ranks(name):
     """Return the Ranks of this process, which joins the others if torchrun started it.
 
-    PyTorch tells torchrun's restarts apart, but not those for a node that joins or leaves: start all anew.
+    After a restart by torchrun they meet under a name of its own, because its store still has the addresses
+    of the dead. (A restart for a node that joins or leaves is not counted: then start all of them anew.)
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
@@ -769,12 +775,14 @@ def start_ranks(name):
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     try:   # 30 minutes: ranks may wait while a checkpoint is written
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
-                                device_id=device if gpu else None)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=30), device_id=device if gpu else None)
     except (ValueError, dist.DistError) as e:
         raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): use torchrun, and give each "
                        f"job a --master_port or --rdzv_endpoint of its own") from None
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(rank, world, device)
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -906,12 +914,12 @@ def own_state(run):
     """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
         return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
-    own = {}
+    kept = [(name, key, x) for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank
+            for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()]
+    own = {name: {} for name, _, _ in kept}
     with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
-        for name, p in run.model.named_parameters():
-            if run.owner[p] == run.ranks.rank:
-                kept = {"weight": p.data, **run.optimizer.state.get(p, {})}
-                own[name] = dict(zip(kept, pool.map(copy, kept.values())))
+        for (name, key, _), x in zip(kept, pool.map(copy, (x for _, _, x in kept))):
+            own[name][key] = x
     return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
 
 
@@ -1052,7 +1060,8 @@ def check_folders(c):
     """UserError for folders that cannot be written, or whose renaming would take other things along."""
     for option, folder in (("out", c.out), ("tensorboard", c.tensorboard)):
         path = Path(folder or ".").absolute()
-        nearest = next(p for p in (path, *path.parents) if p.exists())
+        with blaming(f"--{option}"):
+            nearest = next(p for p in (path, *path.parents) if p.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
     for path in (Path.cwd(), Path(c.data or ".").resolve()):
@@ -1064,13 +1073,14 @@ def check_folders(c):
 def lock(out, files):
     """Make a folder and lock it for this run, until `files` closes. UserError if another run holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    held = files.enter_context(open(out / ".lock", "a"))
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out} is in use by another run: give each run a folder of its own") from None
-    except OSError:   # a file system without locks: do without
-        pass
+    with suppress(ImportError):   # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.flock(files.enter_context(open(out / ".lock", "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out} is in use by another run: give each a folder of its own") from None
+        except OSError:   # a file system without locks: do without
+            pass
 
 
 def read_log(path):
@@ -1117,7 +1127,7 @@ def run_folder(c, ranks, step):
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
             os.replace(path.with_suffix(".tmp"), path)
-            file = files.enter_context(open(path, "a", buffering=1))
+            file = files.enter_context(open(path, "ab", buffering=0))   # what fails, fails in write()
             if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
@@ -1128,13 +1138,15 @@ def run_folder(c, ranks, step):
 
         def log(record):
             finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
+            where = "log.jsonl"
             try:
-                file.write(json.dumps({**finite, **about}) + "\n")
+                file.write((json.dumps({**finite, **about}) + "\n").encode())
                 about.clear()
+                where = "--tensorboard"
                 for key, value in record.items() if board else ():
                     board.add_scalar(key, value, record["step"])
-            except OSError as e:
-                ranks.say(f"warning: step {record['step']} is not in the log or --tensorboard ({e.strerror})")
+            except Exception as e:   # whatever tensorboard raises, too, does not end a run
+                ranks.say(f"warning: step {record['step']} is not in {where} ({e})")
         yield log
 
 
@@ -1172,7 +1184,8 @@ def plot_runs(folders, path):
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
-            records = [record for _, record in read_log(folder / "log.jsonl") if "loss" in record]
+            records = [record for _, record in read_log(folder / "log.jsonl")
+                       if isinstance(record.get("loss"), (int, float))]
             need(records, f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
             steps, losses, val_losses = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss"))
             line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
