@@ -50,14 +50,12 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # The product
 
-@torch.no_grad()
 def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float32):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N): dequantize both to `dtype`, multiply, add `add`."""
     product = a.dequantize(dtype) @ b.dequantize(dtype).t()
-    return (product if add is None else product + add.float()).to(out_dtype)
+    return (product if add is None else product + add.detach().float()).to(out_dtype)
 
 
-@torch.no_grad()
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N) in the fastest way this device has. It has no gradient.
 
@@ -71,7 +69,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     check_product(a, b, out_dtype, add, out)
     tensor_cores = has_fp8_tensor_cores(a.data.device)
     fp8 = a.data.itemsize == b.data.itemsize == 1
-    empty = 0 in (*a.data.shape, len(b.data))   # a sum of nothing is 0, and no kernel is started
+    empty = 0 in (*a.data.shape, b.data.shape[0])   # a sum of nothing is 0, and no kernel is started
     if tensor_cores and fp8 and not empty and a.block[1] != 32 and kernel_can_scale(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     out_dtype = out_dtype if out is None else out.dtype
@@ -94,17 +92,19 @@ def check_product(a, b, out_dtype, add, out):
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
                          f"with zeros (K is the summed axis, in wgrad the tokens)")
-    given = [tensor for tensor in (add, out) if tensor is not None]
-    for tensor in given:
+    device, dtypes = a.data.device, [out_dtype]
+    for tensor in (add, out):
+        if tensor is None:
+            continue
         if tensor.shape != (M, N) or not tensor.is_contiguous():
             raise ValueError(f"add or out has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
                              f"a contiguous ({M}, {N}) is needed")
-    dtypes = {out_dtype, *(tensor.dtype for tensor in given)}
-    if not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
+        dtypes.append(tensor.dtype)
+    if not all(dtype in (torch.bfloat16, torch.float32, torch.float16) for dtype in dtypes):
         raise ValueError(f"FP8 product with {dtypes}: it sums in float32; use that, bfloat16 or float16")
-    devices = {tensor.device for tensor in (a.data, a.scale, b.data, b.scale, *given)}
-    if len(devices) > 1:
-        raise ValueError(f"FP8 product of tensors on {devices}: move them to one device")
+    for tensor in (a.scale, b.data, b.scale, add, out):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"FP8 product of tensors on {device} and {tensor.device}: move them to one device")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -157,7 +157,6 @@ def quantize_for_both_sums(x, fmt, recipe):
     return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # of the unquantized x: rounded once
 
 
-@torch.no_grad()
 def wgrad_factor(dy, x):
     """Split the scales of wgrad into a factor (T, 1) <= 1 of the rows of dY and one scale (1, 1) for all.
 
@@ -166,17 +165,16 @@ def wgrad_factor(dy, x):
     Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. If all scales are powers of two, so
     are the factors.
     """
-    if dy.block != (1, ALL) or x.block != (1, ALL) or len(dy.data) != len(x.data):
+    if dy.block != (1, ALL) or x.block != (1, ALL) or dy.data.shape[0] != x.data.shape[0]:
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
                          f"pass dY and X of the same tokens, both quantized in blocks (1, ALL)")
     scale_dy, scale_x = (q.scale if q.global_scale is None else q.scale * q.global_scale for q in (dy, x))
     scale = scale_dy * scale_x                                    # (T, 1)
-    largest = scale.amax() if len(scale) else scale.new_zeros(())
+    largest = scale.amax() if scale.numel() else scale.new_zeros(())
     common = largest.clamp(min=MIN_SCALE).view(1, 1)
     return scale / common, common
 
 
-@torch.no_grad()
 def transpose_for_wgrad(dy, x):
     """Transpose Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale each.
 
@@ -362,16 +360,21 @@ if HAS_TRITON:
                 return *shape, 1
         return 64, 64, 4, 4 if hopper else 2, 1
 
+    @functools.cache   # asking PyTorch takes the host longer than a launch
+    def sms_and_hopper(device):
+        """Return (number of SMs, whether it is a Hopper GPU); for the interpreter 4 and True."""
+        if device.type != "cuda":
+            return 4, True
+        gpu = torch.cuda.get_device_properties(device)
+        return gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
+
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
         """Multiply as `matmul`, which has checked the shapes. ValueError unless `kernel_can_scale`."""
         if not kernel_can_scale(a, b):
             raise ValueError(f"the kernel cannot scale blocks of {a.block} and {b.block}: use matmul, which "
                              f"multiplies such blocks in BF16")
-        (M, K), N, in_loop = a.data.shape, len(b.data), a.block[1] != ALL
-        sms, hopper = 4, True   # in the interpreter
-        if a.data.is_cuda:
-            gpu = torch.cuda.get_device_properties(a.data.device)
-            sms, hopper = gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
+        (M, K), N, in_loop = a.data.shape, b.data.shape[0], a.block[1] != ALL
+        sms, hopper = sms_and_hopper(a.data.device)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out

@@ -81,12 +81,13 @@ class Quantized:
     def __post_init__(self):
         expected = scale_shape(self.data.shape, self.block) if self.data.dim() == 2 else "of a matrix"
         outer = self.global_scale
-        outer_fits = outer is None or outer.shape in ((), (1, 1), (len(self.data), 1))
+        outer_fits = outer is None or outer.shape in ((), (1, 1), (self.data.shape[0], 1))
         if self.scale.shape != expected or not outer_fits:
             raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}; "
                              f"a global scale is (), (1, 1) or (R, 1): got {[*self.scale.shape]} and {outer}")
         self.scale = self.scale.detach() if self.scale.requires_grad else self.scale
 
+    @torch.no_grad()
     def dequantize(self, dtype=torch.float32):
         """Return X (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
         scale = expand_blocks(self.scale.float(), self.data.shape, self.block)
@@ -356,7 +357,7 @@ def kernels_take(x, fmt=E4M3):
 
 def expect(name, x, shape, meaning, dtypes=FLOATS):
     """Raise ValueError unless x has this shape, in which None is any size, and one of these dtypes."""
-    if x.dtype not in dtypes or len(x.shape) != len(shape) or any(
+    if x.dtype not in dtypes or x.dim() != len(shape) or any(
             size not in (None, n) for size, n in zip(shape, x.shape)):
         sizes = str(tuple(shape)).replace("None", "any")
         raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: expected {sizes}, {meaning}"
