@@ -417,7 +417,7 @@ def print_headroom_cost():
 def print_timing():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread"
-    print(f"4. One update of all scales, us, median ± interquartile range; {name}, torch {torch.__version__}")
+    print(f"4. One update of all scales, us, median ± quartile range; {name}, torch {torch.__version__}")
     print("\n   weights              predicted    just-in-time amax")
     sizes = (1, 1024, 1024), (1, 4096, 4096), (7, 4096, 4096), (1, 11008, 16384)
     for n, N, K in sizes if device == "cuda" else sizes[:3]:

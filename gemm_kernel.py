@@ -104,7 +104,7 @@ def check_product(a, b, out_dtype, add, out):
         raise ValueError(f"FP8 product with {dtypes}: it sums in float32; use that, bfloat16 or float16")
     for tensor in (a.scale, b.data, b.scale, add, out):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"FP8 product of tensors on {device} and {tensor.device}: move them to one device")
+            raise ValueError(f"FP8 product on {device} and {tensor.device}: move them to one device")
 
 
 # ---------------------------------------------------------------------------------------------------

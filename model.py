@@ -188,7 +188,7 @@ def rope_table(seq, head_dim, theta, device=None):
 
 
 def attention(q, k, v):
-    """Return the weighted values (B, T, d) of q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim)."""
+    """Return weighted values (B, T, d) of q (B, T, heads, head_dim), k and v (B, T, kv_heads, head_dim)."""
     y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True,
                                        enable_gqa=q.shape[2] != k.shape[2])
     return y.transpose(1, 2).flatten(2)

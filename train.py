@@ -1193,14 +1193,14 @@ def plot_runs(folders, path):
 
 
 COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU": ".1%", "x none": ".3f",
-           "peak GiB": ".2f"}   # of the table that --bench prints: format
+           "peak GiB": ".2f", "kept GiB": ".3f"}   # of the table that --bench prints: format
 
 
 def bench(c, device):
     """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
     Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
-    first and one of the second, `x none` the first alone.
+    first and one of the second, `x none` the first alone. `kept` is what a forward pass leaves for the backward.
     """
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
@@ -1218,8 +1218,10 @@ def bench(c, device):
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            start = time.perf_counter()
-            model(inputs, targets).backward()
+            start, before = time.perf_counter(), torch.cuda.memory_allocated() if gpu else math.nan
+            loss = model(inputs, targets)
+            kept = (torch.cuda.memory_allocated() if gpu else math.nan) - before
+            loss.backward()
             wait()
             middle = time.perf_counter()
             update_weights(optimizer, model, scales, c.lr, step + 1, c)
@@ -1231,7 +1233,8 @@ def bench(c, device):
         rows[fp8] = row = {
             "fwd+bwd ms": forward_backward, "optimizer ms": update, "tokens/s": speed,
             "MFU": mfu(model, speed, device).get("mfu", math.nan),
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan}
+            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan,
+            "kept GiB": kept / 2**30}
         row["x none"] = rows["none"]["fwd+bwd ms"] / forward_backward if "none" in rows else math.nan
         print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()))
         model = optimizer = scales = None
