@@ -176,15 +176,15 @@ def save_at_once(monkeypatch):
 
 
 def on_model(monkeypatch, action):
-    """Call `action(model)` on the run's model, with its initial weights, before anything is trained."""
-    before_call(monkeypatch, train, "make_optimizer", lambda net, *_: action(net))
+    """Call `action(model)` on the run's model, with its initial weights, before anything else is made of it."""
+    before_call(monkeypatch, train, "owners", lambda net, _: action(net))
 
 
-def poison_gradient(monkeypatch, steps, name="blocks.0.down.weight"):
-    """Make the gradient of one weight NaN in these steps, from 0 (for --accum 1)."""
+def poison_gradient(monkeypatch, steps, factor=math.nan):
+    """Multiply the gradient of one weight in these steps, from 0 (for --accum 1)."""
     count = itertools.count()
-    on_model(monkeypatch, lambda net: dict(net.named_parameters())[name].register_hook(
-        lambda grad: torch.full_like(grad, math.nan) if next(count) in steps else grad))
+    on_model(monkeypatch, lambda net: net.blocks[0].down.weight.register_hook(
+        lambda grad: grad * factor if next(count) in steps else grad))
 
 
 def record_batches(monkeypatch):
@@ -192,9 +192,8 @@ def record_batches(monkeypatch):
     seen, original = [], train.Batches.step
 
     def spy(self, step, micro, device):
-        tokens, targets = original(self, step, micro, device)
-        seen.append(((step, micro), tokens))
-        return tokens, targets
+        seen.append(((step, micro), original(self, step, micro, device)))
+        return seen[-1][1]
     monkeypatch.setattr(train.Batches, "step", spy)
     return seen
 
@@ -231,10 +230,6 @@ def train_py(folder, more="", code=None, **options):
     command = [*(["-c", code] if code else ["train.py"]), *tiny_in(folder)(more)]
     usual = dict(env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120)
     return subprocess.run([sys.executable, *command], cwd=ROOT, **{**usual, **options})
-
-
-def train_without_triton(folder):
-    return train_py(folder, "", "import sys; sys.modules['triton'] = None; import train; exit(train.main())")
 
 
 def test_moss_trains_where_triton_cannot_be_installed(beside):
@@ -293,13 +288,12 @@ def test_steps_go_on_where_the_step_before_ended_however_they_are_cut():
             assert torch.equal(torch.cat(seen), expected[:, first:first + 16])
 
 
-def test_a_batch_that_was_read_ahead_is_that_of_its_step_and_is_not_read_again(monkeypatch):
-    expected = [own_source(accum=2).step(step, micro, CPU) for step, micro in ((2, 0), (5, 1))]
-    batches, reads = own_source(accum=2), []
+def test_a_batch_that_was_read_ahead_is_not_read_again(monkeypatch):
+    batches, reads = own_source(), []
     before_call(monkeypatch, train.Batches, "load", lambda *_: reads.append(1))
-    batches.step(2, 0, CPU)
-    for step, micro, count in ((2, 0, 1), (5, 1, 2)):   # the one that was read ahead, and another
-        assert same(batches.step(step, micro, CPU), expected[count - 1]) and len(reads) == count
+    ahead = batches.step(2, 0, CPU)
+    assert batches.step(2, 0, CPU) is ahead and len(reads) == 1
+    assert not same(batches.step(3, 0, CPU), ahead) and not same(own_source(seed=1).step(2, 0, CPU), ahead)
 
 
 FREEZE = {"embedding": "embed", "norm": "norm1", "linear": "down", "blocks": "blocks", "all but the head": ""}
@@ -310,14 +304,8 @@ def is_frozen(which, name):
 
 
 def freeze(which, monkeypatch):
-    make = train.make_model
-
-    def frozen(*arguments):
-        net = make(*arguments)
-        for name, p in net.named_parameters():
-            p.requires_grad_(not is_frozen(which, name))
-        return net
-    monkeypatch.setattr(train, "make_model", frozen)
+    on_model(monkeypatch, lambda net: [p.requires_grad_(not is_frozen(which, name))
+                                       for name, p in net.named_parameters()])
 
 
 @pytest.mark.parametrize("recipe", ["none", "tensor", "moss"])
@@ -333,13 +321,8 @@ def test_frozen_weights_stay_as_they_are_and_the_others_train(which, recipe, tin
 
 @pytest.mark.parametrize("recipe", [None, "tensor", "group"])
 def test_a_block_may_have_another_precision_than_the_others(recipe, tiny, tmp_path, monkeypatch):
-    make = train.make_model
-
-    def mixed(c, *arguments):
-        net = make(c, *arguments)
-        net.blocks[1] = Block(net.config, RECIPES[recipe] if recipe else None, "blocks.1", "none")
-        return net
-    monkeypatch.setattr(train, "make_model", mixed)
+    recipe = RECIPES[recipe] if recipe else None
+    on_model(monkeypatch, lambda net: net.blocks.__setitem__(1, Block(net.config, recipe, "blocks.1", "none")))
     assert run(tiny("--fp8 moss --layers 2", "whole"))["skipped_steps"] == 0
     interrupted(tiny("--fp8 moss --layers 2"), 1, monkeypatch)
     run(go_on(tmp_path / "out"))
@@ -614,7 +597,7 @@ def test_a_restart_without_resume_does_not_go_on_with_an_earlier_run(tiny, tmp_p
 
 # What a GPU computes in an order of its own gets a fixed one, so that runs can be compared bit for bit.
 ON_GPUS = """
-import os, sys
+import os, sys, types
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 sys.path.insert(0, {root!r})
 import torch, train
@@ -633,11 +616,9 @@ def as_two_ranks_would(model, batches, step, c, ranks, shards=None, watching=Fal
         p.grad = (first + second).float()
     return sum(losses)
 
-class Shards:   # so that forward_backward looks for no DDP
-    sending = False
-
+shards = types.SimpleNamespace(sending=False)   # so that forward_backward looks for no DDP
 if "RANK" not in os.environ:
-    forward_backward = lambda *a, real=train.forward_backward: real(*a[:5], Shards())
+    forward_backward = lambda *a, real=train.forward_backward: real(*a[:5], shards)
     train.forward_backward = as_two_ranks_would
 code = train.main(sys.argv[1:])
 train.gc.collect()
@@ -717,10 +698,6 @@ def write_to_a_full_disk(folder):
         return train_py(folder, "--fp8 none", stdout=full)
 
 
-def write_to_a_closed_stdout(folder):
-    return train_py(folder, "--fp8 none", stdout=None, preexec_fn=lambda: os.close(1))
-
-
 @pytest.mark.parametrize("where", ["full disk", "closed stdout"])
 def test_output_that_cannot_be_written_does_not_end_the_run(where, beside):
     done = beside[where].result()
@@ -728,11 +705,8 @@ def test_output_that_cannot_be_written_does_not_end_the_run(where, beside):
 
 
 def test_a_run_needs_not_be_in_the_main_thread(tiny):
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(train.main(tiny("--fp8 none"))))
-    thread.start()
-    thread.join()
-    assert codes == [0]
+    with train.ThreadPoolExecutor() as pool:
+        assert pool.submit(train.main, tiny("--fp8 none")).result() == 0
 
 
 SIGNALS = {   # when: (in which function, which signal, exit code, what stands on stdout, the checkpoint)
@@ -811,35 +785,24 @@ UNUSUAL = ("--fp8 tensor --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --bet
            "--eval_batches 3 --recompute block")
 
 
-def test_resume_takes_every_option_of_the_run_that_is_not_given_and_says_what_is(tiny, tmp_path, capsys):
-    run(tiny(UNUSUAL))
-    before = checkpoint(tmp_path / "out")["config"]
-    printed = said(go_on(tmp_path / "out", "--resume --steps 5 --seed 5"), capsys).out
-    after = checkpoint(tmp_path / "out")["config"]
-    assert {name for name in before if before[name] != after[name]} == {"steps", "resume"}
-    assert [line for line in printed.splitlines() if "note: " in line] == ["note: --steps was 4 and is now 5"]
-
-
-def test_an_option_that_is_given_as_it_was_is_nothing_to_note(tiny, tmp_path, monkeypatch, capsys):
+def test_resume_takes_every_option_that_is_not_given_and_says_what_differs(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = tiny("--fp8 none --data text.txt --out out")
-    interrupted(command, 1, monkeypatch)
-    assert "note: " not in said([*command, "--resume"], capsys).out
-
-
-def rewrite(path, change):
-    """Change what the manifest of a checkpoint says, and its checksum."""
-    content = json.loads((path / "manifest.json").read_text())["content"]
-    change(content)
-    checksum = zlib.crc32(json.dumps(content).encode())
-    (path / "manifest.json").write_text(json.dumps({"checksum": checksum, "content": content}))
+    run(tiny(UNUSUAL))
+    before = checkpoint("out")["config"]
+    command = go_on("out", "--resume --steps 5 --seed 5 --data text.txt")   # two of them as they were
+    notes = [line for line in said(command, capsys).out.splitlines() if "note: " in line]
+    after = checkpoint("out")["config"]
+    assert {name for name in before if before[name] != after[name]} == {"steps", "resume", "out"}
+    assert notes == ["note: --steps was 4 and is now 5"]
 
 
 def test_a_fork_may_have_removed_and_added_options(tiny, tmp_path, monkeypatch, capsys):
     interrupted(tiny("--fp8 none --spike 7"), 1, monkeypatch)
-    rewrite(newest(tmp_path / "out"), lambda content: (content["config"].update(dropout=0.1),
-                                                       content["config"].pop("spike")))
-    assert "--dropout 0.1" in said(go_on(tmp_path / "out"), capsys).out
+    path = newest(tmp_path / "out") / "manifest.json"
+    content = json.loads(path.read_text())["content"]
+    content["config"].pop("spike"), content["config"].update(dropout=0.1)
+    path.write_text(json.dumps({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}))
+    assert "had --dropout 0.1, an option that does not exist" in said(go_on(tmp_path / "out"), capsys).out
     assert checkpoint(tmp_path / "out")["config"]["spike"] == 100
 
 
@@ -1198,15 +1161,10 @@ BAD_OPTIONS = {   # options: what the line says
     "--fp8 moss --beta1 0.95 --beta2 0.9": ["0.95", "0.9", "bound"],   # autoscale.py has no bound for these
     "--sample a --out nothing": ["no checkpoint in nothing", "check --out"],
     "--eval-only --out nothing": ["no checkpoint in nothing", "check --out"],
-    "--tensorboard text.txt": ["--tensorboard text.txt cannot be written", "choose another"],
-    "--tensorboard text.txt/board": ["--tensorboard text.txt/board cannot be written", "choose another"],
-    "--out text.txt": ["--out text.txt cannot be written", "choose another"],
-    "--out text.txt/out": ["--out text.txt/out cannot be written", "choose another"],
-    "--out .": ["--out . ", "folder of its own"],   # renaming it would take other things along
-    "--out ..": ["--out .. ", "folder of its own"],
-    "--out exp --data exp/text.txt": ["--out exp ", "folder of its own"],
-    "--out exp --data exp/*.txt": ["--out exp ", "folder of its own"],
-    "--out exp --data exp": ["--out exp ", "folder of its own"],
+    **{options: [f"{options} cannot be written", "choose another"] for options in (
+        "--tensorboard text.txt", "--tensorboard text.txt/board", "--out text.txt", "--out text.txt/out")},
+    **{f"--out {folder}": [f"--out {folder.split()[0]} ", "folder of its own"] for folder in (   # or its renaming
+        ".", "..", "exp --data exp/text.txt", "exp --data exp/*.txt", "exp --data exp")},   # would take more along
     f"--out {'x' * 300}": ["--out", "File name too long"],
     "--layers 1001": ["--layers 1001 must lie between 1 and 1000"],
     "--seq 16777217": ["--seq 16777217 must lie between"],
@@ -1252,13 +1210,10 @@ def test_a_preset_that_a_recipe_cannot_tile_is_refused_by_layer(tiny, tmp_path, 
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-def all_of(tokens):
-    return tokens.read(0, len(tokens)).tolist() if len(tokens) else []
-
-
 def read_data(path):
     """Return all training tokens and all validation tokens of --data."""
-    return tuple(map(all_of, train.open_data(str(path))[:2]))
+    return tuple(tokens.read(0, len(tokens)).tolist() if len(tokens) else []
+                 for tokens in train.open_data(str(path))[:2])
 
 
 def test_token_files_of_one_kind_are_read_together(tmp_path):
@@ -1445,14 +1400,8 @@ def test_an_infinite_loss_is_skipped_too(tiny, monkeypatch):
 
 
 def test_a_gradient_out_of_all_proportion_is_skipped(tiny, monkeypatch):
-    steps, original, states = itertools.count(), train.forward_backward, record_states(monkeypatch)
-
-    def spy(net, *arguments, **options):
-        loss = original(net, *arguments, **options)
-        for p in net.parameters() if next(steps) == 25 else ():
-            p.grad *= 1e4
-        return loss
-    monkeypatch.setattr(train, "forward_backward", spy)
+    poison_gradient(monkeypatch, {25}, factor=1e6)
+    states = record_states(monkeypatch)
     assert run(tiny("--fp8 none --steps 28 --eval_every 1"))["skipped_steps"] == 1
     assert [state["step"] for state in states] == [*range(1, 26), 27, 28]
 
@@ -1760,7 +1709,9 @@ def test_what_tensorboard_cannot_write_is_not_blamed_on_the_log(error, tiny, tmp
     assert "warning: step 2 is not in --tensorboard (" in printed
 
 
-BESIDE = {"test_moss_trains_where_triton_cannot_be_installed": train_without_triton,
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None; import train; exit(train.main())"
+BESIDE = {"test_moss_trains_where_triton_cannot_be_installed": functools.partial(train_py, code=WITHOUT_TRITON),
           "test_torchrun_restarts_a_run": killed_under_torchrun,
-          "full disk": write_to_a_full_disk, "closed stdout": write_to_a_closed_stdout,
+          "full disk": write_to_a_full_disk,
+          "closed stdout": functools.partial(train_py, stdout=None, preexec_fn=lambda: os.close(1)),
           **{name: functools.partial(signal_in, name) for name in SIGNALS}}
