@@ -947,15 +947,12 @@ def flip(path, where):
     path.write_bytes(data)
 
 
-DAMAGE = {"a bit of the first rank's file": lambda path: flip(path / "rank_0.pt", 0.5),
-          "a bit of the second rank's file": lambda path: flip(path / "rank_1.pt", 0.9),
-          "a bit of the manifest": lambda path: flip(path / "manifest.json", 0.6),
+FILES = "rank_0.pt", "rank_1.pt", "manifest.json"
+DAMAGE = {**{f"a bit of {name}": lambda path, name=name: flip(path / name, 0.6) for name in FILES},
+          **{f"an empty {name}": lambda path, name=name: os.truncate(path / name, 0) for name in FILES},
+          **{f"no {name}": lambda path, name=name: (path / name).unlink() for name in FILES},
           "the manifest's first byte": lambda path: flip(path / "manifest.json", 0),
           "a cut file": lambda path: os.truncate(path / "rank_1.pt", 100),
-          "an empty file": lambda path: os.truncate(path / "rank_0.pt", 0),
-          "an empty manifest": lambda path: os.truncate(path / "manifest.json", 0),
-          "a missing file": lambda path: (path / "rank_1.pt").unlink(),
-          "a missing manifest": lambda path: (path / "manifest.json").unlink(),
           "another program's manifest": lambda path: (path / "manifest.json").write_text('[{"files": 1}]'),
           "a number as manifest": lambda path: (path / "manifest.json").write_text('{"content": 3}'),
           "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
