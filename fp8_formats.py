@@ -27,7 +27,7 @@ import torch
 
 # ---------------------------------------------------------------------------------------------------
 # Formats as data. A code is sign | exponent field | fraction, and means
-#     ± 1.fraction · 2^(field - bias)    field > 0: a normal number, always mantissa_bits + 1 significant bits
+#     ± 1.fraction · 2^(field - bias)    field > 0: a normal number, mantissa_bits + 1 significant bits
 #     ± 0.fraction · 2^(1 - bias)        field = 0: a subnormal number, a fixed step down to zero
 # A binade [2^e, 2^(e+1)) holds the values of one exponent. To saturate is to become the largest value.
 

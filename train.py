@@ -191,7 +191,7 @@ def resolve(c, device, world):
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
-         f"--batch {c.batch} with --seq {c.seq} and --eval_batches {c.eval_batches}: no machine holds it")
+         f"--batch {c.batch}: no machine holds it with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
          f"{c.fp8} needs to sum over them: change --batch or --seq")
@@ -636,7 +636,7 @@ def data_files(source):
     else:   # one file, or a pattern
         files = [root] if root.exists() else [Path(name) for name in glob.glob(str(root), recursive=True)]
         need(files, f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
-        if glob.has_magic(str(root.parent)):   # glob passes over folders that cannot be read: this does not
+        if glob.has_magic(str(root.parent)) or root.name == "**":   # glob passes over what it cannot read
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
     files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
@@ -1120,7 +1120,7 @@ def run_folder(c, ranks, step):
                 ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):
-                shutil.rmtree(unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)
             for newer in checkpoints(out):
                 if int(newer.name[5:]) > step:   # damaged, else it would have been taken
                     ranks.say(f"note: {newer} was moved to {move_aside(newer)}")
@@ -1169,7 +1169,7 @@ def report(config):
         loss = evaluate(run.model, run.val_batches, ranks, gradient=len(recipes) > 1)
         line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
         if len(recipes) > 1:
-            gradient = [p.grad for p in run.model.parameters()]
+            gradient = [p.grad for p in run.model.parameters() if p.grad is not None]
             first = first or gradient
             error = get_total_norm([g - g0 for g, g0 in zip(gradient, first)]) / get_total_norm(first)
             line += f"  gradient {error:.2%} off"
@@ -1200,7 +1200,7 @@ def bench(c, device):
     """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
     Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
-    first and one of the second, `x none` the first alone. `kept` is what a forward pass leaves for the backward.
+    first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
     """
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
@@ -1236,7 +1236,8 @@ def bench(c, device):
             "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan,
             "kept GiB": kept / 2**30}
         row["x none"] = rows["none"]["fwd+bwd ms"] / forward_backward if "none" in rows else math.nan
-        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" for title, form in COLUMNS.items()))
+        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" if math.isfinite(row[title]) else f"{'-':>14}"
+                                   for title, form in COLUMNS.items()))
         model = optimizer = scales = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
