@@ -152,12 +152,12 @@ class WeightScales:
         self.scale_history.copy_(self.scale.expand_as(self.scale_history))
 
     def measures(self, step: int) -> bool:
-        """Return whether update() reads the new weights at this step. Then call it after optimizer.step(). If
-        not, call it before FP8AdamW's step(), which needs the new scales; others take either order."""
+        """Return whether update() reads the new weights at this step. If so, call it after optimizer.step().
+        If not, call it before step() of FP8AdamW, which needs the new scales; others take either order."""
         return self.mode != "predicted" or (self.interval > 0 and step % self.interval == 0)
 
     def update(self, lr, betas, weight_decay: float, step: int) -> None:
-        """Follow an optimizer step. Call it once for each that is not skipped, when `measures` says.
+        """Move the scales by one optimizer step. Call it once for each that is taken, when `measures` says.
 
         lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
         count, from 1. Since |W_t| <= |1 - lr weight_decay| |W_{t-1}| + lr kappa_t, the same recursion bounds
@@ -254,7 +254,7 @@ class FP8AdamW(torch.optim.AdamW):
         with torch.enable_grad():
             loss = closure() if closure else None
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for layer in self.layers:   # a fused step counts as a change of all weights of its group (model.py)
+        for layer in self.layers:   # after a fused step model.py would call these copies out of date
             group_of.get(layer.weight, {})["fused"] = False
         gradients, others = {}, []   # of weights that the kernel steps; layers with copies still to renew
         for layer in (layer for layer in self.layers if layer.copies):

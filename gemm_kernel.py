@@ -3,8 +3,9 @@ The FP8 matrix product on Hopper, and the linear layer made of three of them.
 
     python gemm_kernel.py       # how exact sums and products are; on a GPU also time and TFLOP/s
 
-Every product here is Y (M, N) = A (M, K) B (N, K)^T. Both operands are stored with the summed axis K last and
-contiguous: Hopper's FP8 tensor cores read no other layout. They are FP8 numbers Q times scales. Where do the
+Every product here is Y (M, N) = A (M, K) B (N, K)^T, and K is its summed axis: inputs in fprop, outputs in
+dgrad, tokens in wgrad. Both operands are stored with K last and contiguous, because Hopper's FP8 tensor cores
+read no other layout. They are FP8 numbers Q times scales. Where do the
 scales go? If they change along K, the product of every 32 or 128 of K must be multiplied by its scales before
 it is added to the sum. Ordinary FP32 instructions do that, and the tensor cores wait for them. If the scales
 do not change along K, they leave the sum:
@@ -14,15 +15,16 @@ do not change along K, they leave the sum:
 Then the main loop over K is work for the tensor cores alone. The scales are applied once, after the loop, in
 the *epilogue* (MOSS, arXiv 2511.05811). microscale.py says why one scale per row is enough for `moss`.
 
-A linear layer with K inputs and N outputs computes three products for T tokens. (Each line ends in the ^T of
-A B^T. The other ^T name copies that are stored transposed.)
+A linear layer with K inputs and N outputs computes three products for T tokens. (The last ^T of a line is
+that of A B^T. W^T, dY^T and X^T are copies that are stored transposed.)
 
     fprop   Y  (T, N) = X   (T, K)  W  (N, K)^T       sums over the inputs K
     dgrad   dX (T, K) = dY  (T, N)  W^T(K, N)^T       sums over the outputs N
     wgrad   dW (N, K) = dY^T(N, T)  X^T(K, T)^T       sums over the tokens T
 
 A tensor core keeps about 14 bits of a running sum. To *promote* a sum is to add it into FP32, every 2048 of
-K, and to start anew. dgrad and wgrad are promoted, fprop is not: "Why promote" below gives the reasons.
+K, and to start anew. (The kernel moves only the upper half of its bits: `promote`.) dgrad and wgrad are
+promoted, fprop is not: "Why promote" below gives the reasons.
 """
 
 import functools
@@ -63,8 +65,8 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     add, out  (M, N): the product is added to `add` (a residual) and written to `out`, in the dtype of `out`;
               with add = out it accumulates
 
-    A CPU multiplies in FP32. A GPU uses BF16 for blocks that the kernel cannot scale, and for blocks of 32,
-    where the kernel is slower. BF16 is exact for powers of two (`mx`) and rounds other scales.
+    Without FP8 kernels this multiplies in FP32. With them, BF16 serves blocks that the kernel cannot scale,
+    and blocks of 32, where the kernel is slower. BF16 is exact for powers of two (`mx`), else it rounds.
     """
     check_product(a, b, out_dtype, add, out)
     tensor_cores = has_fp8_tensor_cores(a.data.device)
@@ -140,7 +142,7 @@ class FP8Linear(torch.autograd.Function):
         x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
         dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
         dy_t, x_t = transpose_for_wgrad(dy_q, x_kept) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
-        # promoted: these sums are the longest, and nothing adapts to errors of gradients
+        # promoted: most of these sums are long, and nothing adapts to errors of gradients
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
         dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
@@ -199,10 +201,11 @@ def transpose_for_wgrad(dy, x):
 # that. Promoting dgrad and wgrad every 16 x 128 of K costs little.
 #
 # fprop sums over d or ffn, 4096 to 11008 at 7B. Its error makes the model a slightly different function, the
-# same at every step, and weights adapt to the function that they are trained with. At the same weights losses
-# differ by less than 0.1%, and training at `1b` ended no lower with fprop promoted (5 seeds). Gradients do
-# differ at the same weights: those of `moss` are 13.6% off BF16's, and 6.3% with fprop promoted every 2048 of
-# K. That takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of `matmul` turns it on.
+# same at every step, and weights adapt to the function that they are trained with. Losses with and without
+# promotion, at the same weights, differ by less than 0.1%, and training at `1b` ended no lower with it (5
+# seeds). Gradients do differ: at the same weights those of `moss` are 13.6% off BF16's, and 6.3% with fprop
+# promoted every 2048 of K. That takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of
+# `matmul` turns it on.
 
 def tensor_core_sum(a, b, promote_every=None):
     """Return a (M, K) b (N, K)^T, E4M3 numbers in float32, summed as an H200's tensor cores do, bit for bit.
@@ -229,7 +232,7 @@ def tensor_core_sum(a, b, promote_every=None):
 # ---------------------------------------------------------------------------------------------------
 # The kernel, which a GPU runs in place of `matmul_reference`
 
-PROMOTE_EVERY = 16   # x 128 of K: half of the error that rounding the output to BF16 adds, where terms cancel
+PROMOTE_EVERY = 16   # x 128 of K. The error that is left is half of that of rounding the output to BF16
 
 if HAS_TRITON:
     @triton.jit
@@ -250,7 +253,7 @@ if HAS_TRITON:
 
     @triton.jit
     def promote(acc, pair):
-        """Promote the upper 16 bits of a running sum: acc (M, N) float32, pair (M, N/2) int32 -> the same.
+        """Move the upper 16 bits of a sum, acc (M, N) float32, to `pair` (M, N/2) int32; the lower 16 stay.
 
         A second float32 accumulator of 128 x 256 would take the other half of all registers and leave none to
         work with. The upper half of a float32 is a BF16 number, and two of them fit into a register. The

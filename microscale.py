@@ -12,14 +12,14 @@ matrix product will sum over. Words that all files use:
     E8M0         a byte that holds a power of two
     saturate     to become the largest number of the format (448 in E4M3), as all values beyond it do
     subnormal    smaller than the smallest normal number (2^-6 in E4M3), and stored with fewer bits
-    fold         multiply the scales of a row, relative to the largest, into its numbers: one scale is left
+    fold         multiply scales, relative to the largest of them, into the FP8 numbers: one scale is left
     fprop, dgrad, wgrad    the three products of a linear layer: Y = X W^T, dX = dY W, dW = dY^T X
     SQNR         signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum error^2) dB; 6 dB are one bit
 
 The recipes differ in how many values share a scale:
 
     recipe   activations X, gradients dY    weights                       stands for
-    moss     a power of two per token       FP32 per tensor, predicted    MOSS (arXiv 2511.05811), folded
+    moss     a power of two per token       FP32 per tensor, predicted    MOSS (arXiv 2511.05811)
     tensor   FP32 per tensor                FP32 per tensor               Transformer Engine, torchao
     group    FP32 per 1 x 128               FP32 per 128 x 128            COAT, DeepSeek-V3
     mx       E8M0 per 1 x 32                E8M0 per 1 x 32               OCP Microscaling v1.0
@@ -34,9 +34,9 @@ no blocks of 32 and no scale of the whole tensor. The paper has both, for blocks
 Two observations reduce them to one power of two per token:
 
   - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
-    if no scale changes along C. So the ss_i of a row are folded. That is exact until a number is subnormal,
-    at some 2^-14 of the row's maximum. Rounding under the row's scale at once gives the same normal numbers,
-    and rounds the others once instead of twice. So no recipe forms ss_i or calls `fold`.
+    if no scale changes along C. So the ss_i of a row have to be folded (`fold`). That is exact until a number
+    is subnormal, at some 2^-14 of the row's maximum. `moss` rounds under the row's scale at once: the normal
+    numbers are the same, and the others are rounded once, not twice. It never forms the ss_i.
   - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
     no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
@@ -67,7 +67,7 @@ MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so
 
 @dataclass
 class Quantized:
-    """X (R, C) as FP8 `data` (R, C) and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
+    """Hold X (R, C) as FP8 `data` and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
 
     `block` is (br, bc), ALL the whole axis; a last block may be smaller. `scale` has a number for each block,
     float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, float32 (),
@@ -181,7 +181,7 @@ def to_grid(x, fmt):
 
 
 def stores_e8m0(block, rule):
-    """Whether a scale is kept as one byte: a power of two is, unless there is only one per row or tensor."""
+    """Return whether a scale is one byte: powers of two are, unless there is only one per row or tensor."""
     return rule != "fp32" and block[1] != ALL
 
 
@@ -342,7 +342,7 @@ def runs_kernels(device):
 
 
 def has_fp8_tensor_cores(device):
-    """Whether kernels run there: an NVIDIA GPU of compute capability 9.0 (Hopper) or newer, with Triton.
+    """Return whether our kernels run there: NVIDIA, compute capability 9.0 (Hopper) or newer, with Triton.
     ValueError for such a GPU that is not the current one, where Triton would start the kernel."""
     index = torch.device(device).index
     if not runs_kernels(device) or index in (None, torch.cuda.current_device()):
@@ -888,7 +888,7 @@ Power-of-two scales add range to a float, and no precision: it has an exponent o
 An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (tensor < group <
    two-level) holds, over the tensor, where sizes differ much inside a group: outlier channels, X of down, dY
    of gate_up. Elsewhere scales rounded up to powers of two cost what smaller blocks gain. For E4M3 it holds
-   nowhere."""),
+   nowhere over the tensor."""),
           ("""\
 3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes:
    "once" from X; "twice" from the quantized X, quantized again; "moved", its FP8 numbers under one scale""",

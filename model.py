@@ -14,7 +14,9 @@ The optimizer sees FP32 weights.
 
 Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
 `moss` computes the same block with three fused functions ("The dataflow of moss" below). There the kernel
-that computes a number also quantizes it, if it can, and most of what is saved for the backward pass is FP8.
+that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8, the inputs of the
+linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output. (`none`
+saves all of these, q and k before RoPE and silu(gate) in BF16.)
 """
 
 from dataclasses import dataclass

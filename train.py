@@ -112,7 +112,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    shard: bool = opt(False, "each rank keeps only its share of FP32 weights and moments (ZeRO-1); for moss")
+    shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share of the layers; for moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data")
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
@@ -191,7 +191,7 @@ def resolve(c, device, world):
         need(least <= getattr(c, name) <= most,
              f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
-         f"--batch {c.batch}: no machine holds it with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
+         f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
          f"{c.fp8} needs to sum over them: change --batch or --seq")
@@ -453,7 +453,7 @@ def build(c, device):
 
 
 def prepare(c, ranks, saved=None):
-    """Return what a run is made of, with the numbers of the checkpoint whose manifest `saved` is."""
+    """Build model, data, optimizer and scales. Load the checkpoint of the manifest `saved`, if given."""
     model, batches, val_batches = build(c, ranks.device)
     check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
                 len(batches.tokens), len(val_batches.tokens)],
@@ -737,7 +737,7 @@ stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told
 
 
 def on_signal(*_):
-    """End the process before the loop begins, later the loop, which finishes its step and saves."""
+    """Before the loop, end the process. In the loop, let it finish its step, save and leave."""
     stop.received = True
     if not stop.in_loop:
         raise KeyboardInterrupt
@@ -828,7 +828,8 @@ def owners(model, world):
 
 
 class Shards:
-    """ZeRO stage 1 by whole parameters: one rank keeps the FP32 weight and moments of each and steps it.
+    """Share out the parameters, as ZeRO stage 1 does. Each has one owner, which keeps its moments and steps
+    it. Of a quantized weight the owner alone keeps the FP32 numbers.
 
         after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner during the backward pass
         after the step   quantized weights: W in FP8 from the owner to all, each of which makes its W^T of it;
@@ -854,11 +855,11 @@ class Shards:
         return self.owner[p] == self.ranks.rank
 
     def send(self, p):
-        """Called in the backward pass when the gradient of p is complete; the last micro-batch's goes out."""
+        """Send the gradient of p, which the backward pass of the last micro-batch has completed."""
         if not self.sending:
             return
         gradient = p.grad.to(self.dtype) / self.ranks.world
-        p.grad = p.grad if self.mine(p) else p.detach()   # no memory, but WeightScales sees one
+        p.grad = p.grad if self.mine(p) else p.detach()   # takes no memory; WeightScales looks for a gradient
         self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
         if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
             self.receive(*self.sent.pop(0))
@@ -1027,7 +1028,7 @@ def newest_checkpoint(out, ranks):
 
 @torch.no_grad()
 def restore(saved, model, optimizer, scales, c, shards=None):
-    """Restore weights and scales, and to go on training Adam's moments, by name and bit for bit.
+    """Restore weights and scales; to go on training, Adam's moments too. All by name, and bit for bit.
 
     Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
     """
@@ -1057,7 +1058,7 @@ def restore(saved, model, optimizer, scales, c, shards=None):
 
 
 def check_folders(c):
-    """UserError for folders that cannot be written, or whose renaming would take other things along."""
+    """Raise UserError for folders that cannot be written, or whose renaming would take other things along."""
     for option, folder in (("out", c.out), ("tensorboard", c.tensorboard)):
         path = Path(folder or ".").absolute()
         with blaming(f"--{option}"):
@@ -1154,14 +1155,14 @@ def run_folder(c, ranks, step):
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
 def report(config):
-    """--eval_only and --sample, of the newest whole checkpoint. Writes nothing.
+    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing.
 
     Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
     against that of the first, ||g - g_first|| / ||g_first||.
     """
     ranks, c, saved = start(config)
     recipes, first = c.fp8.split(","), None
-    need(len(recipes) == 1 or ranks.world == 1, "--eval-only of several recipes: run it without torchrun")
+    need(len(recipes) == 1 or ranks.world == 1, "--eval_only of several recipes: run it without torchrun")
     for fp8 in recipes:
         run = prepare(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:

@@ -735,7 +735,8 @@ runpy.run_path("train.py", run_name="__main__")
 def test_a_signal_at_any_time_is_no_error_and_what_was_printed_is_there(name, beside):
     (done, steps), (_, _, code, printed, last) = beside[name].result(), SIGNALS[name]
     assert done.returncode == code and printed in done.stdout and steps == [last] * (last > 0), done
-    assert done.stderr == ("stopped by a signal before the first step\n" if "start" in name else "")
+    assert not re.search("error|Traceback", done.stderr)   # PyTorch may warn there that it finds no CUDA
+    assert ("stopped by a signal before the first step\n" in done.stderr) == ("start" in name)
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -1157,7 +1158,7 @@ BAD_OPTIONS = {   # options: what the line says
     f"--out {'x' * 300}": ["--out", "File name too long"],
     "--layers 1001": ["--layers 1001 must lie between 1 and 1000"],
     "--seq 16777217": ["--seq 16777217 must lie between"],
-    "--batch 134217728": ["--batch 134217728", "no machine holds"],
+    "--batch 134217728": ["--batch 134217728", "too much with --seq 128, --eval_batches", "lower it"],
     **{f"--{name} {value}": [f"--{name} {value}", "must lie between"] for name in OUT_OF_RANGE
        for value in OUT_OF_RANGE[name].split()},
 }
