@@ -1158,7 +1158,7 @@ BAD_OPTIONS = {   # options: what the line says
     f"--out {'x' * 300}": ["--out", "File name too long"],
     "--layers 1001": ["--layers 1001 must lie between 1 and 1000"],
     "--seq 16777217": ["--seq 16777217 must lie between"],
-    "--batch 134217728": ["--batch 134217728", "too much with --seq 128, --eval_batches", "lower it"],
+    "--batch 134217728": ["--batch 134217728", "too much with --seq 16, --eval_batches 1: lower it"],
     **{f"--{name} {value}": [f"--{name} {value}", "must lie between"] for name in OUT_OF_RANGE
        for value in OUT_OF_RANGE[name].split()},
 }
