@@ -30,7 +30,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from fp8_formats import E4M3, cast, picture
-from microscale import ALL, HAS_TRITON, MIN_SCALE, cdiv, has_fp8_tensor_cores, quantize, sqnr, transpose
+from microscale import ALL, HAS_TRITON, MIN_SCALE, cdiv, kernels_run_on, quantize, sqnr, transpose
 
 if HAS_TRITON:
     import triton
@@ -245,7 +245,7 @@ class FP8AdamW(torch.optim.AdamW):
 
     def __init__(self, groups, layers, **options):
         super().__init__(groups, **options)
-        self.layers = [layer for layer in layers if has_fp8_tensor_cores(layer.weight.device)]
+        self.layers = [layer for layer in layers if kernels_run_on(layer.weight.device)]
         self._step_supports_amp_scaling = False   # torch.amp unscales gradients before the step
 
     @torch.no_grad()
@@ -468,5 +468,5 @@ if __name__ == "__main__":
             axes.plot(steps, true, label="true, max|W| / 448")
     print_headroom_cost()
     print_timing()
-    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+    if torch.cuda.is_available() and kernels_run_on("cuda"):
         print_optimizer_timing()

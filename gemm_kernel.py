@@ -40,7 +40,7 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
-                        has_fp8_tensor_cores, measured_scale, quantize, quantize_both, quantize_reference,
+                        kernels_run_on, measured_scale, quantize, quantize_both, quantize_reference,
                         transpose)
 
 if HAS_TRITON:
@@ -69,7 +69,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     and blocks of 32, where the kernel is slower. BF16 is exact for powers of two (`mx`), else it rounds.
     """
     check_product(a, b, out_dtype, add, out)
-    tensor_cores = has_fp8_tensor_cores(a.data.device)
+    tensor_cores = kernels_run_on(a.data.device)
     fp8 = a.data.itemsize == b.data.itemsize == 1
     empty = 0 in (*a.data.shape, b.data.shape[0])   # a sum of nothing is 0, and no kernel is started
     if tensor_cores and fp8 and not empty and a.block[1] != 32 and kernel_can_scale(a, b):
@@ -497,7 +497,7 @@ def show_times():
 if __name__ == "__main__":
     torch.manual_seed(0)
     show_sums()
-    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+    if torch.cuda.is_available() and kernels_run_on("cuda"):
         show_times()
     else:
         print("Error of a product on a CPU, which sums in FP32 (times need a GPU of compute capability 9.0)")

@@ -341,7 +341,7 @@ def runs_kernels(device):
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def has_fp8_tensor_cores(device):
+def kernels_run_on(device):
     """Return whether our kernels run there: NVIDIA, compute capability 9.0 (Hopper) or newer, with Triton.
     ValueError for such a GPU that is not the current one, where Triton would start the kernel."""
     index = torch.device(device).index
@@ -352,7 +352,7 @@ def has_fp8_tensor_cores(device):
 
 
 def kernels_take(x, fmt=E4M3):
-    return fmt.dtype is not None and 0 < x.numel() < MAX_ELEMENTS and has_fp8_tensor_cores(x.device)
+    return fmt.dtype is not None and 0 < x.numel() < MAX_ELEMENTS and kernels_run_on(x.device)
 
 
 def expect(name, x, shape, meaning, dtypes=FLOATS):
@@ -378,7 +378,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
         block = (ALL, ALL)
     if kernels_take(x, fmt):
         if block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
-            return norm_rows_triton(x, "none", None, fmt, rule)
+            return quantize_norm_triton(x, "none", None, fmt, rule)
         if scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS:
             return quantize_triton(x, fmt, block, rule, scale)
     return quantize_reference(x, fmt, block, rule, scale)
@@ -402,27 +402,27 @@ def transpose(q, row_factor=None):
     return (transpose_triton if kernels_take(q) else transpose_reference)(q, row_factor)
 
 
-def norm_rows(x, kind, weight=None, fmt=E4M3):
+def quantize_norm(x, kind, weight=None, fmt=E4M3):
     """Quantize norm(x) (R, C) under a power of two per row. `kind` is of NORMS; "rms" takes a weight (C)."""
     check_name("norm", kind, NORMS)
     expect("x", x, (None, None), "rows")
     if weight is not None:
         expect("weight", weight, x.shape[1:], "one for each column")
     if kernels_take(x, fmt) and x.shape[1] <= MAX_COLUMNS:
-        return norm_rows_triton(x, kind, weight, fmt)
+        return quantize_norm_triton(x, kind, weight, fmt)
     rows = NORMS[kind](x.float(), None if weight is None else weight.float())
     return quantize_reference(rows, fmt, (1, ALL), "up")
 
 
-def swiglu_rows(h):
+def quantize_swiglu(h):
     """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn) for the backward pass."""
     expect("h", h, (None, h.shape[-1] // 2 * 2), "rows [gate, up]")
     if kernels_take(h):
-        return swiglu_rows_triton(h)
+        return quantize_swiglu_triton(h)
     return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (swiglu(h.float()), h))
 
 
-def swiglu_backward(h, da):
+def quantize_swiglu_gradient(h, da):
     """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn).
 
     The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
@@ -433,7 +433,7 @@ def swiglu_backward(h, da):
     expect("da", da, (len(h.data), None), "a gradient for each row of h")
     expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
     if kernels_take(h.data) and h.block == (1, ALL) and h.global_scale is None:
-        return swiglu_backward_triton(h, da)
+        return quantize_swiglu_gradient_triton(h, da)
     h = h.dequantize()
     gate, up = h.chunk(2, dim=1)
     bound = block_amax(da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs()), (1, ALL))
@@ -458,13 +458,13 @@ def rope_(x, cos, sin):
         x.copy_(rope(x, cos, sin))
 
 
-def rope_backward(dq, dk, dv, cos, sin):
+def quantize_qkv_gradient(dq, dk, dv, cos, sin):
     """Quantize `qkv_gradient`, the gradient of [q, k, v]."""
     expect_heads("dq", dq, (None, None, None), cos, sin)
     for name, x in (("dk", dk), ("dv", dv)):
         expect(name, x, (*dq.shape[:2], dk.shape[2], dq.shape[3]), "(B, T, kv_heads, head_dim)")
     if kernels_take(dq) and dq.shape[2] * dq.shape[3] <= MAX_COLUMNS:
-        return rope_backward_triton(dq, dk, dv, cos, sin)
+        return quantize_qkv_gradient_triton(dq, dk, dv, cos, sin)
     return quantize_reference(qkv_gradient(dq, dk, dv, cos, sin), E4M3, (1, ALL), "up")
 
 
@@ -531,7 +531,7 @@ if HAS_TRITON:
 
     @triton.jit
     def magnitude(x):
-        """|x| as integers, which sort like the numbers, then Inf, then NaN: max loses no NaN."""
+        """Return |x| as integers, which sort like the numbers, then Inf, then NaN: max loses no NaN."""
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
     @triton.jit
@@ -612,8 +612,8 @@ if HAS_TRITON:
     @triton.jit
     def _rows_kernel(x_ptr, weight_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, eps, NORM: tl.constexpr,
                      ROWS: tl.constexpr, COLS: tl.constexpr, RULE: tl.constexpr, IS_E4M3: tl.constexpr):
-        """`norm_rows`. A row waits in registers for its maximum. Programs past the end recompute the last
-        row: a mask for the rows would cost a tenth of the bandwidth."""
+        """Compute `quantize_norm`. A row waits in registers for its maximum. Programs past the end recompute
+        the last row: a mask for the rows would cost a tenth of the bandwidth."""
         r = tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), R - 1)
         c = tl.arange(0, COLS)
         x = load_row(x_ptr, r, c, C, stride_r, stride_c)
@@ -627,7 +627,7 @@ if HAS_TRITON:
         tl.store(scale_ptr + r[:, None], scale)
         store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
-    def norm_rows_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
+    def quantize_norm_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
         (R, C), weight = x.shape, None if weight is None else weight.contiguous()
         q, cols = empty_rows(R, C, x.device, fmt), power_of_two_from(C)
         rows = max(2048 // cols, 1)
@@ -643,7 +643,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
-        """`swiglu_rows` of one row, which is read twice, the second time out of the L2 cache.
+        """Compute `quantize_swiglu` of one row, which is read twice, the second time out of the L2 cache.
 
         A row in registers, as above, leaves room for one program per SM, which reads nothing while it
         computes: 16384 rows of 22016 numbers take 640 us, and this way 346. EVICT saves another 18 us.
@@ -665,7 +665,7 @@ if HAS_TRITON:
             store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
             store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
 
-    def swiglu_rows_triton(h):
+    def quantize_swiglu_triton(h):
         R, ffn = h.shape[0], h.shape[1] // 2
         a, h_q = (empty_rows(R, n, h.device) for n in (ffn, 2 * ffn))
         _swiglu_kernel[(R,)](h.contiguous(), a.data, a.scale, h_q.data, h_q.scale, ffn,
@@ -674,8 +674,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
-        """`swiglu_backward` of one row, read twice: once for the bound, and then for the gradient. With the
-        maximum in place of the bound every gradient is computed twice: 427 us, and not 378, on an H100."""
+        """Compute `quantize_swiglu_gradient` of a row. It is read for the bound, then for the gradient. With
+        the maximum in place of the bound all gradients are computed twice: 427 us, not 378, on an H100."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         h_scale = tl.load(h_scale_ptr + r[:, None])
         bound = tl.zeros((1, BLOCK), tl.float32)
@@ -697,7 +697,7 @@ if HAS_TRITON:
             store_row(q_ptr, da * up * (sigma + silu * (1 - sigma)) * inverse, r, c, F, 2 * F)
             store_row(q_ptr + F, da * silu * inverse, r, c, F, 2 * F)
 
-    def swiglu_backward_triton(h, da):
+    def quantize_swiglu_gradient_triton(h, da):
         R, ffn = da.shape
         q = empty_rows(R, 2 * ffn, da.device)
         _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q.data,
@@ -725,7 +725,7 @@ if HAS_TRITON:
     @triton.jit
     def _rope_kernel(x_ptr, cos_ptr, sin_ptr, R, T, pairs, stride_b, stride_t, stride_h, HALF: tl.constexpr,
                      ROWS: tl.constexpr, PAIRS: tl.constexpr):
-        """`rope` in place: one thread holds both numbers of a pair."""
+        """Compute `rope` in place: one thread holds both numbers of a pair."""
         r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
         inside = (r < R)[:, None] & (pair < pairs)[None, :]
@@ -754,7 +754,7 @@ if HAS_TRITON:
                               kv_pairs, dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
                               HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
                               KV_PAIRS: tl.constexpr):
-        """`rope_backward`: three tensors of any strides (b, t, h) become the rows of one."""
+        """Compute `quantize_qkv_gradient`: three tensors of any strides (b, t, h) become the rows of one."""
         r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)
         b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
         j, i = tl.arange(0, PAIRS), tl.arange(0, KV_PAIRS)
@@ -772,7 +772,7 @@ if HAS_TRITON:
         store_pairs(row + 2 * pairs, i, of_k, k0, k1, inverse, HALF)
         store_pairs(row + 2 * pairs + 2 * kv_pairs, i, of_k, v0, v1, inverse, HALF)
 
-    def rope_backward_triton(dq, dk, dv, cos, sin):
+    def quantize_qkv_gradient_triton(dq, dk, dv, cos, sin):
         B, T, heads, head_dim = dq.shape
         pairs, kv_pairs = heads * head_dim // 2, dk.shape[2] * head_dim // 2
         dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
@@ -907,18 +907,19 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     from triton.testing import do_bench
     shapes = (T, d), (T, 2 * ffn), (T, ffn), (d,), (8, T // 8, 3 * d // 128, 128)
     x, h, da, row, qkv = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    q, h_q, scale = quantize(x, E4M3, (1, ALL)), swiglu_rows(h)[1], torch.full((1, 1), 0.01, device="cuda")
+    q, h_q = quantize(x, E4M3, (1, ALL)), quantize_swiglu(h)[1]
+    scale = torch.full((1, 1), 0.01, device="cuda")
     factor, angles = q.scale / q.scale.max(), torch.randn(2, T // 8, 64, device="cuda").unbind()
     dq, dk, dv = (z.contiguous() for z in qkv.chunk(3, dim=2))
     kernels = {  # name: (bytes it has to move, function)
         "quantize rows": (3 * T * d, lambda: quantize(x, E4M3, (1, ALL), "up")),
         "quantize 1 x 128": (3 * T * d, lambda: quantize(x, E4M3, (1, 128), "fp32")),
-        "RMSNorm, quantize rows": (3 * T * d, lambda: norm_rows(x, "rms", row)),
-        "LayerNorm, quantize rows": (3 * T * d, lambda: norm_rows(x, "layer")),
+        "RMSNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "rms", row)),
+        "LayerNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "layer")),
         "RoPE of q and k, in place": (8 * T * d, lambda: rope_(qkv[:, :, :-d // 128], *angles)),
-        "RoPE backward, quantize rows": (9 * T * d, lambda: rope_backward(dq, dk, dv, *angles)),
-        "SwiGLU, quantize rows": (7 * T * ffn, lambda: swiglu_rows(h)),
-        "SwiGLU backward, quantize rows": (6 * T * ffn, lambda: swiglu_backward(h_q, da)),
+        "RoPE backward, quantize rows": (9 * T * d, lambda: quantize_qkv_gradient(dq, dk, dv, *angles)),
+        "SwiGLU, quantize rows": (7 * T * ffn, lambda: quantize_swiglu(h)),
+        "SwiGLU backward, quantize rows": (6 * T * ffn, lambda: quantize_swiglu_gradient(h_q, da)),
         "quantize X and X^T, scale given": (4 * T * d, lambda: quantize_both(x, E4M3, scale)),
         "FP8 X to X^T, a factor per row": (2 * T * d, lambda: transpose(q.data, factor))}
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
@@ -938,5 +939,5 @@ if __name__ == "__main__":
         for name, x in data.items():
             print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
         print(f"-> {reading}\n")
-    if torch.cuda.is_available() and has_fp8_tensor_cores("cuda"):
+    if torch.cuda.is_available() and kernels_run_on("cuda"):
         show_bandwidth()

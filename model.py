@@ -31,9 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS, cast, format_of, uncast
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, cdiv, fold_loss, norm_rows,
-                        qkv_gradient, quantize, quantize_weight, rope, rope_, rope_backward, saturated_share,
-                        stores_e8m0, swiglu, swiglu_backward, swiglu_gradient, swiglu_rows)
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, cdiv, fold_loss, qkv_gradient,
+                        quantize, quantize_norm, quantize_qkv_gradient, quantize_swiglu,
+                        quantize_swiglu_gradient, quantize_weight, rope, rope_, saturated_share, stores_e8m0,
+                        swiglu, swiglu_gradient)
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ class NormQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, weight, cos, sin, layer, config):
         kv_heads = config.kv_dim // config.head_dim
-        x_q = quantize_rows(x.flatten(0, 1), layer, config.norm, norm_weight)          # (B T, d)
+        x_q = quantize_input(x.flatten(0, 1), layer, config.norm, norm_weight)          # (B T, d)
         qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
         rope_(qkv[:, :, :-kv_heads], cos, sin)                                         # q and k, in place
         ctx.save_for_backward(x, norm_weight, cos, sin, x_q.data, x_q.scale)
@@ -342,7 +343,7 @@ class NormQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
         (x, norm_weight, cos, sin, *x_q), layer, n = ctx.saved_tensors, ctx.layer, cdiv(WATCHED, dq.shape[1])
-        dy_q = rope_backward(dq, dk, dv, cos, sin)                                    # (B T, d + 2 kv_dim)
+        dy_q = quantize_qkv_gradient(dq, dk, dv, cos, sin)                            # (B T, d + 2 kv_dim)
         dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), layer, x.dtype,
                                  lambda: qkv_gradient(dq[:n], dk[:n], dv[:n], cos, sin))
         dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, ctx.kind, residual.flatten(0, 1))
@@ -354,7 +355,7 @@ class LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, layer):
-        x_q = quantize_rows(x, layer)
+        x_q = quantize_input(x, layer)
         ctx.save_for_backward(x_q.data, x_q.scale)
         ctx.layer, ctx.dtype = layer, x.dtype
         return matmul(x_q, layer.w, x.dtype, add=residual)
@@ -362,7 +363,7 @@ class LinearResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dy_q, x_q = norm_rows(dy, "none"), Quantized(*ctx.saved_tensors, (1, ALL))
+        dy_q, x_q = quantize_norm(dy, "none"), Quantized(*ctx.saved_tensors, (1, ALL))
         dx, dw = linear_backward(dy_q, x_q, ctx.layer, ctx.dtype, lambda: dy)
         return dx, dy, dw, None
 
@@ -377,9 +378,9 @@ class NormSwiGLUResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, gate_up_weight, down_weight, gate_up, down, kind):
-        x_q = quantize_rows(x, gate_up, kind, norm_weight)
+        x_q = quantize_input(x, gate_up, kind, norm_weight)
         h = matmul(x_q, gate_up.w, x.dtype)                                           # (T, 2 ffn)
-        a_q, h_q = swiglu_rows(h)                                                     # (T, ffn), (T, 2 ffn)
+        a_q, h_q = quantize_swiglu(h)                                                 # (T, ffn), (T, 2 ffn)
         watch(down, lambda: swiglu(h[:WATCHED].float()))
         ctx.save_for_backward(x, norm_weight, x_q.data, x_q.scale, h_q.data, h_q.scale, a_q.data, a_q.scale)
         ctx.layers, ctx.kind = (gate_up, down), kind
@@ -390,18 +391,18 @@ class NormSwiGLUResidual(torch.autograd.Function):
     def backward(ctx, dy):
         (x, norm_weight, *saved), (gate_up, down) = ctx.saved_tensors, ctx.layers
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
-        da, dw_down = linear_backward(norm_rows(dy, "none"), a_q, down, x.dtype, lambda: dy)
-        dh_q = swiglu_backward(h_q, da)                                               # (T, 2 ffn)
+        da, dw_down = linear_backward(quantize_norm(dy, "none"), a_q, down, x.dtype, lambda: dy)
+        dh_q = quantize_swiglu_gradient(h_q, da)                                      # (T, 2 ffn)
         dx, dw_gate_up = linear_backward(dh_q, x_q, gate_up, x.dtype, lambda: swiglu_gradient(
             Quantized(h_q.data[:WATCHED], h_q.scale[:WATCHED], (1, ALL)).dequantize(), da[:WATCHED]))
         return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_gate_up, dw_down, None, None, None
 
 
-def quantize_rows(x, layer, kind="none", norm_weight=None):
+def quantize_input(x, layer, kind="none", norm_weight=None):
     """Return Quantized norm(x) of x (T, width), which `layer` reads: one power of two per token."""
     weight = None if norm_weight is None else norm_weight.to(x.dtype)   # rounded as Norm rounds it
     watch(layer, lambda: NORMS[kind](x[:WATCHED].float(), None if weight is None else weight.float()))
-    return norm_rows(x, kind, weight)
+    return quantize_norm(x, kind, weight)
 
 
 def linear_backward(dy, x, layer, dtype, dy_rows):
@@ -510,7 +511,7 @@ def watch(layer, rows, suffix=""):
     """Record which share of X, or with suffix "_grad" of dY, saturates, and which share folding rows changes.
 
     rows() returns X or dY (T, width) before quantizing. (In dY of gate_up folding changes a few values more,
-    because swiglu_backward takes its scales from a bound.)
+    because quantize_swiglu_gradient takes its scales from a bound.)
     """
     if layer.health is not None:
         x, r = rows()[:WATCHED].float(), layer.recipe

@@ -49,7 +49,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, picture
-from microscale import ALL, HAS_TRITON, RECIPES, Quantized, has_fp8_tensor_cores, transpose
+from microscale import ALL, HAS_TRITON, RECIPES, Quantized, kernels_run_on, transpose
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
 
 
@@ -531,7 +531,7 @@ def device_name(device):
 def numerics(fp8, device):
     """Return in one line what computes the linear layers here, in training and evaluation alike."""
     plain = "BF16" if device.type == "cuda" else "FP32"
-    eight = "FP8 kernels" if has_fp8_tensor_cores(device) else "FP8 emulated"
+    eight = "FP8 kernels" if kernels_run_on(device) else "FP8 emulated"
     return f"{plain if fp8 == 'none' else eight} on {device_name(device)}"
 
 

@@ -1,5 +1,5 @@
 """
-Tests run everywhere. Where there is no GPU with FP8 tensor cores, the Triton kernels run in Triton's interpreter.
+Tests run everywhere. Without a GPU of compute capability 9.0, the Triton kernels run in Triton's interpreter.
 """
 
 import os
@@ -27,11 +27,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """{name: Future} of what tests wait for in other processes, the BESIDE = {part of a test's name: function of a
-    folder} of their files. These run from the first test on, one after another, because they and the tests leave a core
-    idle each. Only what the chosen tests need is run."""
-    wanted = {name: job for item in request.session.items for name, job in getattr(item.module, "BESIDE", {}).items()
-              if name in item.name}
+    """Return {name: Future} of what tests wait for in other processes.
+
+    These are the BESIDE = {part of a test's name: function of a folder} of their files. They run from the
+    first test on, one after another, because they and the tests leave a core idle each. Only what the chosen
+    tests need is run.
+    """
+    wanted = {name: job for item in request.session.items
+              for name, job in getattr(item.module, "BESIDE", {}).items() if name in item.name}
     pool = ThreadPoolExecutor(max_workers=1)
     yield {name: pool.submit(job, tmp_path_factory.mktemp("beside")) for name, job in wanted.items()}
     pool.shutdown(cancel_futures=True)

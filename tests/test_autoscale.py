@@ -502,7 +502,7 @@ def kernels(monkeypatch):
     """FP8AdamW uses its kernel on every device: on a CPU in Triton's interpreter."""
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
-    monkeypatch.setattr(autoscale, "has_fp8_tensor_cores", lambda device: True)
+    monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: True)
 
 
 class Layer:
@@ -603,7 +603,7 @@ def test_torch_amp_unscales_the_gradients_before_the_step():
 
 
 def test_without_fp8_tensor_cores_it_is_torch_adamw_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(autoscale, "has_fp8_tensor_cores", lambda device: False)
+    monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: False)
     ours, theirs = Run(), Run(torch.optim.AdamW)
     for step in range(1, 10):
         ours.step(step)

@@ -153,7 +153,7 @@ def test_what_the_kernel_cannot_multiply_is_refused_on_every_device(message):
 
 @pytest.mark.parametrize("M, N, K", [(0, 32, 16), (16, 0, 32), (16, 32, 0), (0, 0, 0)])
 def test_an_empty_product_is_zeros_and_starts_no_kernel(M, N, K, monkeypatch):
-    monkeypatch.setattr(gk, "has_fp8_tensor_cores", lambda _: True)
+    monkeypatch.setattr(gk, "kernels_run_on", lambda _: True)
     monkeypatch.setattr(gk, "matmul_triton", None, raising=False)
     a, b, ones = zeros(M, K, block=(1, ALL), scales=(M, 1)), zeros(N, K), torch.ones(M, N, device=DEVICE)
     assert torch.equal(gk.matmul(a, b, torch.float32), torch.zeros_like(ones))
@@ -192,7 +192,7 @@ OTHERS = {"two-level": lambda x: quantize_two_level(x), "folded": lambda x: fold
 def test_global_scales_and_numbers_that_are_not_fp8_need_no_kernel(how, block_b, monkeypatch):
     torch.manual_seed(0)
     a, b = OTHERS[how](randn(48, 256)), quantize_reference(randn(32, 256), E4M3, block_b, "up")
-    monkeypatch.setattr(gk, "has_fp8_tensor_cores", lambda _: HAS_TRITON)
+    monkeypatch.setattr(gk, "kernels_run_on", lambda _: HAS_TRITON)
     for a, b in ((a, b), (b, a)):
         y = gk.matmul(a, b, torch.float32)
         assert gk.relative_error(y, exact_product(a, b)) < 3.5e-3   # at most: both made BF16
@@ -427,7 +427,7 @@ def test_kernels_on_a_gpu_agree_with_the_emulation(name, monkeypatch):
     case = linear_case(name, 512, 384, 768, torch.bfloat16)
     kernels = run_linear(name, *case)
     for module in ("gemm_kernel", "microscale"):
-        monkeypatch.setattr(f"{module}.has_fp8_tensor_cores", lambda _: False)
+        monkeypatch.setattr(f"{module}.kernels_run_on", lambda _: False)
     emulated = run_linear(name, *case)
     for what in kernels:   # rounding the output to BF16 costs 1.66e-3, the sums at K = 768 less than 1e-3
         assert gk.relative_error(kernels[what], emulated[what].double()) < 4e-3, what

@@ -139,7 +139,7 @@ def launch_at_ragged_shapes(device):
             ms.quantize_triton(z, fmt, (1, 128), "fp32")
         ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
         for kind in ms.NORMS:
-            q = ms.norm_rows_triton(x, kind, random(C) if kind == "rms" else None, fmt)
+            q = ms.quantize_norm_triton(x, kind, random(C) if kind == "rms" else None, fmt)
         for factor in (None, q.scale / q.scale.max()):
             ms.transpose_triton(q.data, factor)
         p, g, m, v = (random(R, C, dtype=torch.float32).abs() for _ in range(4))
@@ -147,13 +147,14 @@ def launch_at_ragged_shapes(device):
         adamw_triton(p, g, m, v, w, w_t, scale, 1e-3, (0.9, 0.95), 1e-8, 0.1, 3)
         launches += 11
     for R, ffn in ((7, 1), (5, 48), (2, 4100)):
-        _, h = ms.swiglu_rows_triton(random(R, 2 * ffn))
-        ms.swiglu_backward_triton(h, random(R, ffn))
+        _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn))
+        ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
         launches += 2
     for B, T, *heads, dim in ((1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64), (2, 17, 32, 8, 128)):
         angles = torch.randn(2, T, dim // 2, device=device).unbind()
         ms.rope_triton_(random(B, T, heads[0], dim), *angles)
-        ms.rope_backward_triton(*(random(B, T, n, dim) for n in (heads[0], heads[1], heads[1])), *angles)
+        gradients = (random(B, T, n, dim) for n in (heads[0], heads[1], heads[1]))
+        ms.quantize_qkv_gradient_triton(*gradients, *angles)
         launches += 2
     large = ((2181, 4104, 2320), (1290, 1304, 272)) if device == "cuda" else ()   # for the largest tiles
     for (M, N, K), (name, (_, promote)) in itertools.product(

@@ -127,7 +127,7 @@ def test_a_recipe_with_one_scale_per_weight_cannot_have_small_weight_blocks():
 
 @pytest.mark.parametrize("width", [16, 48, 512])
 def test_blocks_of_any_width_are_quantized_where_the_kernels_run(width, monkeypatch):
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda device: ms.HAS_TRITON)
+    monkeypatch.setattr(ms, "kernels_run_on", lambda device: ms.HAS_TRITON)
     x = random_rows(4, 1000)
     assert ms.sqnr(x, ms.quantize(x.to(DEVICE), E4M3, (1, width), "up").dequantize().cpu()) > 30
 
@@ -136,12 +136,12 @@ def test_blocks_of_any_width_are_quantized_where_the_kernels_run(width, monkeypa
 def test_formats_that_are_not_fp8_are_emulated_where_the_kernels_run(fmt, monkeypatch):
     x, fmt = random_rows(4, 1000, device=DEVICE), FORMATS[fmt]
     expected = [ms.quantize_reference(x, fmt, block, "up").data for block in ((1, 32), (1, ALL))]
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda device: ms.HAS_TRITON)
+    monkeypatch.setattr(ms, "kernels_run_on", lambda device: ms.HAS_TRITON)
     for block, data in zip(((1, 32), (1, ALL)), expected):
         assert torch.equal(ms.quantize(x, fmt, block, "up").data, data)
     assert torch.equal(ms.quantize_both(x, fmt, torch.ones(1, 1, device=DEVICE))[1].data,
                        ms.to_grid(x, fmt).t())
-    assert torch.equal(ms.norm_rows(x, "none", fmt=fmt).data, data)
+    assert torch.equal(ms.quantize_norm(x, "none", fmt=fmt).data, data)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (1, 128), (128, 128), (1, ALL), (ALL, ALL), (3, 5)])
@@ -362,7 +362,7 @@ def in_pytorch(name):
     """The function as it runs where there are no kernels."""
     def run(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ms, "has_fp8_tensor_cores", lambda _: False)
+            patch.setattr(ms, "kernels_run_on", lambda _: False)
             return getattr(ms, name)(*args)
     return run
 
@@ -387,11 +387,11 @@ def test_norm_rows_are_the_equation_in_float32_then_the_quantizer(kind, shape):
     weight = random_rows(1, shape[1], seed=1)[0]
     for x in layouts(*shape):
         w = weight.to(x.dtype)
-        assert_rounds(in_pytorch("norm_rows")(x, kind, w), EQUATIONS[kind](x.double(), w.double()), E4M3)
+        assert_rounds(in_pytorch("quantize_norm")(x, kind, w), EQUATIONS[kind](x.double(), w.double()), E4M3)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")   # NumPy's, in Triton's interpreter
-@three("norm_rows")
+@three("quantize_norm")
 @pytest.mark.parametrize("kind", ms.NORMS)
 def test_nan_and_inf_spoil_the_row_that_is_made_of_them_and_no_other(kind, run):
     x, weight = random_rows(7, 600, device=DEVICE).clamp(-24, 24), torch.ones(600, device=DEVICE)
@@ -434,13 +434,13 @@ def test_swiglu_reads_the_gate_from_the_first_half_and_up_from_the_second():
 @pytest.mark.parametrize("shape", HALVES, ids=str)
 def test_swiglu_rows_are_the_equation_rounded_once_and_h_rounded_once(shape):
     for h in layouts(shape[0], 2 * shape[1]):
-        (a, h_q), (gate, up) = in_pytorch("swiglu_rows")(h), h.double().chunk(2, dim=1)
+        (a, h_q), (gate, up) = in_pytorch("quantize_swiglu")(h), h.double().chunk(2, dim=1)
         assert_rounds(a, gate / (1 + (-gate).exp()) * up, E4M3)
         assert_same(h_q, in_fp8(h))
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow)")   # NumPy's, in Triton's interpreter
-@three("swiglu_rows")
+@three("quantize_swiglu")
 def test_nan_and_inf_spoil_their_row_of_both_outputs_and_an_overflow_that_of_the_product_alone(run):
     h = random_rows(7, 600, device=DEVICE).clamp(-24, 24)
     fine_a, fine_h = run(h)
@@ -457,7 +457,7 @@ def test_nan_and_inf_spoil_their_row_of_both_outputs_and_an_overflow_that_of_the
 def test_swiglu_backward_is_the_gradient_that_autograd_gives_at_the_h_that_was_kept():
     for h, da in zip(layouts(64, 600), layouts(64, 300, seed=1)):
         h_q = in_fp8(h)
-        q = in_pytorch("swiglu_backward")(h_q, da)
+        q = in_pytorch("quantize_swiglu_gradient")(h_q, da)
         gradient = swiglu_gradient(h_q.dequantize().double(), da.double())
         assert_rounds(q, gradient, E4M3, bound_of_gradient(h_q.dequantize(), da))
         assert ms.sqnr(gradient, q.dequantize(), group=600) > 30   # rounded once: E4M3 has 31 to 32 dB
@@ -474,12 +474,12 @@ def test_the_bound_of_the_swiglu_gradient_holds_and_is_seldom_far():
     assert swiglu_gradient(at_peak, da).abs().max() > (1 - 2e-4) * bound_of_gradient(at_peak, da)
     h, da = in_fp8(torch.randn(200, 2048)), torch.randn(200, 1024)
     of_maximum = in_fp8(swiglu_gradient(h.dequantize(), da)).scale
-    ratio = in_pytorch("swiglu_backward")(h, da).scale / of_maximum
+    ratio = in_pytorch("quantize_swiglu_gradient")(h, da).scale / of_maximum
     assert ratio.min() == 1 and ratio.max() <= 4 and ratio.mean() < 1.5
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@three("swiglu_backward")
+@three("quantize_swiglu_gradient")
 def test_swiglu_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(run):
     h, da = random_rows(7, 600, device=DEVICE).clamp(-24, 24), random_rows(7, 300, seed=1, device=DEVICE)
     h[5], da[6] = 0, 0
@@ -489,7 +489,7 @@ def test_swiglu_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(r
     assert_spoilt(run(in_fp8(h), da), fine, [0, 2, 4])
 
 
-@three("swiglu_backward")
+@three("quantize_swiglu_gradient")
 def test_swiglu_backward_reads_h_of_any_strides(run):
     h, da = random_rows(40, 5, device=DEVICE).clamp(-24, 24), random_rows(5, 20, seed=1, device=DEVICE)
     assert_same(run(in_fp8(h.t()), da), run(in_fp8(h.t().contiguous()), da))
@@ -557,7 +557,7 @@ def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(shape):
     (exact,) = torch.autograd.grad((ms.rope(q, cos, sin), ms.rope(k, cos, sin), v), qkv, gradients)
     gradient = ms.qkv_gradient(*gradients, cos, sin)
     assert ((gradient - exact).abs() <= 2**-22 * exact.abs().amax(1, keepdim=True)).all()
-    assert_same(in_pytorch("rope_backward")(*gradients, cos, sin), in_fp8(gradient))
+    assert_same(in_pytorch("quantize_qkv_gradient")(*gradients, cos, sin), in_fp8(gradient))
 
 
 @pytest.mark.parametrize("shape", HEADS, ids=str)
@@ -578,12 +578,12 @@ def test_rope_backward_kernel_equals_reference_but_for_float32_rounding_wherever
     dq, dk, dv = (head_layouts(B, T, count, head_dim, seed) for seed, count in enumerate((n, kv, kv)))
     for i, dtype in enumerate(2 * (torch.float32, torch.bfloat16)):   # no two of the three in the same layout
         gradients = [x.to(dtype) for x in (dq[i], dk[i - 1], dv[i - 2])]
-        q = ms.rope_backward_triton(*gradients, cos, sin)
+        q = ms.quantize_qkv_gradient_triton(*gradients, cos, sin)
         assert_rounds(q, ms.qkv_gradient(*gradients, cos, sin), E4M3)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@three("rope_backward")
+@three("quantize_qkv_gradient")
 def test_rope_backward_of_zeros_is_zero_and_nan_and_inf_spoil_their_row_only(run):
     dq, dk, dv = (heads(2, 5, n, 16, seed) for seed, n in enumerate((4, 2, 2)))
     for x in (dq, dk, dv):
@@ -636,7 +636,7 @@ def test_real_data_are_the_inputs_and_output_gradients_of_the_linear_layers():
 
 def quantize_by_kernel(x, fmt, block, rule):
     if block == (1, ALL):
-        return ms.norm_rows_triton(x, "none", None, fmt, rule)
+        return ms.quantize_norm_triton(x, "none", None, fmt, rule)
     return ms.quantize_triton(x, fmt, block, rule)
 
 
@@ -688,7 +688,8 @@ def test_one_reading_gives_the_quantized_tensor_and_its_exact_transpose(shape, f
 @pytest.mark.parametrize("fmt", FP8.values(), ids=FP8)
 def test_rows_kernel_holds_rows_of_any_width_bit_for_bit(shape, fmt):
     for x in layouts(*shape, device=DEVICE):
-        assert_same(ms.norm_rows_triton(x, "none", None, fmt), in_pytorch("norm_rows")(x, "none", None, fmt))
+        reference = in_pytorch("quantize_norm")(x, "none", None, fmt)
+        assert_same(ms.quantize_norm_triton(x, "none", None, fmt), reference)
 
 
 @needs_triton
@@ -699,14 +700,14 @@ def test_rows_kernel_equals_reference_but_for_float32_rounding(kind, fmt, shape)
     weight = random_rows(1, shape[1], seed=1, device=DEVICE)[0]
     for x in layouts(*shape, device=DEVICE):
         w = weight.to(x.dtype)
-        assert_rounds(ms.norm_rows_triton(x, kind, w, fmt), ms.NORMS[kind](x.float(), w.float()), fmt)
+        assert_rounds(ms.quantize_norm_triton(x, kind, w, fmt), ms.NORMS[kind](x.float(), w.float()), fmt)
 
 
 @needs_triton
 @pytest.mark.parametrize("shape", HALVES, ids=str)
 def test_swiglu_kernel_equals_reference_but_for_float32_rounding_of_the_product(shape):
     for h in layouts(shape[0], 2 * shape[1], device=DEVICE):
-        a, h_q = ms.swiglu_rows_triton(h)
+        a, h_q = ms.quantize_swiglu_triton(h)
         assert_rounds(a, ms.swiglu(h.float()), E4M3)
         assert_same(h_q, in_fp8(h))
 
@@ -716,10 +717,10 @@ def test_swiglu_kernel_equals_reference_but_for_float32_rounding_of_the_product(
 def test_swiglu_backward_kernel_equals_autograd_but_for_float32_rounding(shape):
     R, width = shape
     for h, da in zip(layouts(R, 2 * width, device=DEVICE), layouts(R, width, seed=1, device=DEVICE)):
-        _, h_q = ms.swiglu_rows(h.contiguous())
+        _, h_q = ms.quantize_swiglu(h.contiguous())
         gradient = swiglu_gradient(h_q.dequantize(), da.float())
         bound = bound_of_gradient(h_q.dequantize(), da)
-        assert_rounds(ms.swiglu_backward_triton(h_q, da), gradient, E4M3, bound)
+        assert_rounds(ms.quantize_swiglu_gradient_triton(h_q, da), gradient, E4M3, bound)
 
 
 @needs_triton
@@ -774,7 +775,7 @@ def everything(x):
     scale, factor = (x.new_full(shape, 0.5).requires_grad_(x.requires_grad) for shape in ((1, 1), (R, 1)))
     two_level, four = ms.quantize_two_level(x, global_scale=factor), x.detach().view(1, R, 1, C)
     angles = [x.new_full((R, C // 2), 0.5) for _ in range(2)]
-    a, h = ms.swiglu_rows(x)
+    a, h = ms.quantize_swiglu(x)
     made = {
         "quantize": [ms.quantize(x, fmt, *rule) for rule in BLOCKS for fmt in FORMATS.values()],
         "given": [ms.quantize(x, scale=scale), ms.quantize_reference(x, E4M3, (1, ALL), "up", factor)],
@@ -785,12 +786,12 @@ def everything(x):
         "transpose": [ms.transpose(q.data), ms.transpose(fine.data, factor)],
         "weight": [z for name, r in RECIPES.items() if r for z in ms.quantize_weight(
             x, r, None if r.weight_scale == "block" else scale)],
-        "swiglu": [a, h, ms.swiglu_backward(h, x[:, :C // 2])],
+        "swiglu": [a, h, ms.quantize_swiglu_gradient(h, x[:, :C // 2])],
         "formats": [cast(x, E5M2), uncast(q.data), round_to_format(x, INT8), encode(x, E2M1), floor_log2(x),
                     decode(encode(x, E4M3), E4M3)]}
     ms.rope_(turned := four.clone(), *angles)
-    made["rope"] = [turned, ms.rope_backward(four, four, four, *angles)]
-    made["norm_rows"] = [ms.norm_rows(x, kind, x[0] if R else None) for kind in ms.NORMS]
+    made["rope"] = [turned, ms.quantize_qkv_gradient(four, four, four, *angles)]
+    made["quantize_norm"] = [ms.quantize_norm(x, kind, x[0] if R else None) for kind in ms.NORMS]
     return made
 
 
@@ -805,7 +806,7 @@ def tensors(made):
 
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
 def test_no_gradient_comes_out_of_a_quantizer(kernels, monkeypatch):
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda _: kernels)
+    monkeypatch.setattr(ms, "kernels_run_on", lambda _: kernels)
     x = random_rows(6, 64, device=DEVICE).requires_grad_()
     assert [name for name, tensor in tensors(everything(x)) if tensor.requires_grad] == []
     with pytest.raises(ValueError, match="x requires a gradient.*use rope"):
@@ -830,7 +831,7 @@ def test_the_results_for_a_tensor_on_a_cpu_do_not_depend_on_the_defaults_of_pyto
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("shape", [(0, 64), (0, 0), (3, 0)], ids=str)
 def test_an_empty_tensor_is_quantized_to_an_empty_one_under_the_smallest_scales(shape, kernels, monkeypatch):
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda _: kernels)
+    monkeypatch.setattr(ms, "kernels_run_on", lambda _: kernels)
     x = torch.empty(shape, device=DEVICE)
     made = everything(x)
     for q in made["quantize"]:
@@ -847,26 +848,27 @@ def in_blocks(block, scale, data=(4, 64), outer=None):
 
 X, ONE, TABLE, Z = torch.ones(4, 64), torch.ones(1, 1), torch.ones(4, 8), torch.ones(2, 4, 3, 16)
 REFUSED = {   # each names the value and what it has to be
-    "norm": (lambda: ms.norm_rows(X, "relu"), "norm 'relu' is unknown: choose one of none, rms, layer$"),
+    "norm": (lambda: ms.quantize_norm(X, "relu"), "norm 'relu' is unknown: choose one of none, rms, layer$"),
     "rule": (lambda: ms.quantize(X, E4M3, (1, ALL), "ceil"), "rule 'ceil' is unknown: choose one of fp32"),
     "rule of the reference": (lambda: ms.quantize_reference(X, rule="ceil"), "'ceil' is unknown"),
     "no matrix": (lambda: ms.quantize(X[0]), r"x has shape \(64,\).*\(any, any\)"),
     "integers": (lambda: ms.quantize(X.int()), "x has .*int32: .*torch.float32 or"),
-    "FP8": (lambda: ms.norm_rows(X.to(torch.float8_e4m3fn), "none"), "x has .*dtype torch.float8_e4m3fn"),
+    "FP8": (lambda: ms.quantize_norm(X.to(torch.float8_e4m3fn), "none"), "x has .*dtype torch.float8_e4m3fn"),
     "scales": (lambda: ms.quantize(X, E4M3, (1, ALL), "up", X[:, :1]), r"scale has .*\(4, 1\).*\(1, 1\)"),
     "scale": (lambda: ms.quantize_both(X, E4M3, torch.ones(())), r"scale has .*\(1, 1\)"),
     "scale of blocks": (lambda: ms.quantize_weight(X, RECIPES["group"], ONE), "group measures.*give none"),
-    "weight": (lambda: ms.norm_rows(X, "rms", torch.ones(32)), r"weight has .*\(32,\).*\(64,\)"),
+    "weight": (lambda: ms.quantize_norm(X, "rms", torch.ones(32)), r"weight has .*\(32,\).*\(64,\)"),
     "factor": (lambda: ms.transpose(in_fp8(X).data, torch.ones(1, 4)), r"row_factor.*\(4, 1\)"),
     "no FP8": (lambda: ms.transpose(X), "q has .*float32: .*float8_e4m3fn or torch.float8_e5m2"),
-    "odd": (lambda: ms.swiglu_rows(X[:, :5]), r"h has .*\(4, 5\).*\(any, 4\)"),
-    "half": (lambda: ms.swiglu_backward(in_fp8(X), X[:, :20]), r"h has .*\(4, 64\) .*\(any, 40\), .*twice"),
-    "rows": (lambda: ms.swiglu_backward(in_fp8(X), X[:3, :32]), r"da has .*\(3, 32\).*\(4, any\)"),
+    "odd": (lambda: ms.quantize_swiglu(X[:, :5]), r"h has .*\(4, 5\).*\(any, 4\)"),
+    "half": (lambda: ms.quantize_swiglu_gradient(in_fp8(X), X[:, :20]),
+             r"h has .*\(4, 64\) .*\(any, 40\), .*twice"),
+    "rows": (lambda: ms.quantize_swiglu_gradient(in_fp8(X), X[:3, :32]), r"da has .*\(3, 32\).*\(4, any\)"),
     "odd heads": (lambda: ms.rope_(Z[..., :5], TABLE, TABLE), r"x has .*\(any, any, any, 4\)"),
     "cos": (lambda: ms.rope_(Z, TABLE[:1], TABLE), r"cos has .*\(1, 8\).*\(4, 8\)"),
-    "sin": (lambda: ms.rope_backward(Z, Z, Z, TABLE, TABLE[:, :1]), r"sin has .*\(4, 1\).*\(4, 8\)"),
-    "dv": (lambda: ms.rope_backward(Z, Z, Z[:, :, 1:], TABLE, TABLE), r"dv has .*\(2, 4, 3, 16\)"),
-    "a row": (lambda: ms.Quantized(torch.zeros(64).to(E4M3.dtype), torch.ones(1, 1), (ALL, ALL)), "of a matrix"),
+    "sin": (lambda: ms.quantize_qkv_gradient(Z, Z, Z, TABLE, TABLE[:, :1]), r"sin has .*\(4, 1\).*\(4, 8\)"),
+    "dv": (lambda: ms.quantize_qkv_gradient(Z, Z, Z[:, :, 1:], TABLE, TABLE), r"dv has .*\(2, 4, 3, 16\)"),
+    "a row": (lambda: ms.Quantized(in_fp8(X).data[0], torch.ones(1, 1), (ALL, ALL)), "of a matrix"),
     "blocks": (lambda: in_blocks((1, 32), (1, 1)), r"\(4, 64\) in blocks \(1, 32\) need scales \(4, 2\)"),
     "global scale": (lambda: in_blocks((1, ALL), (4, 1), outer=torch.ones(2)), "global scale is"),
     "fold": (lambda: ms.fold(in_blocks((2, 32), (2, 2))), r"blocks \(2, 32\) span rows"),
@@ -876,7 +878,7 @@ REFUSED = {   # each names the value and what it has to be
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_together_is_refused_with_the_reason_on_every_device(name, kernels, monkeypatch):
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda _: kernels)   # refused before any kernel starts
+    monkeypatch.setattr(ms, "kernels_run_on", lambda _: kernels)   # refused before any kernel starts
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call()
@@ -885,10 +887,10 @@ def test_what_does_not_fit_together_is_refused_with_the_reason_on_every_device(n
 def test_kernels_for_a_gpu_that_is_not_the_current_one_are_refused_with_the_fix(monkeypatch):
     monkeypatch.setattr(ms, "runs_kernels", lambda device: torch.device(device).type == "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert ms.has_fp8_tensor_cores("cuda:0") and ms.has_fp8_tensor_cores("cuda")
-    assert not ms.has_fp8_tensor_cores(torch.device("cpu"))
+    assert ms.kernels_run_on("cuda:0") and ms.kernels_run_on("cuda")
+    assert not ms.kernels_run_on(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"on cuda:1.*cuda:0: call torch.cuda.set_device\(1\)"):
-        ms.has_fp8_tensor_cores(torch.device("cuda", 1))
+        ms.kernels_run_on(torch.device("cuda", 1))
 
 
 def test_saturated_share_counts_under_the_whole_scale():
@@ -902,10 +904,10 @@ def test_saturated_share_counts_under_the_whole_scale():
 def test_the_kernel_of_swiglu_backward_is_given_one_scale_per_row_only(monkeypatch):
     x, da = random_rows(4, 64, device=DEVICE).clamp(-24, 24), random_rows(4, 32, seed=1, device=DEVICE)
     several = [ms.quantize_reference(x, E4M3, (1, 32), "up"), ms.quantize_two_level(x, global_scale=3.0)]
-    expected = [in_pytorch("swiglu_backward")(h, da) for h in several]
-    monkeypatch.setattr(ms, "has_fp8_tensor_cores", lambda _: True)
+    expected = [in_pytorch("quantize_swiglu_gradient")(h, da) for h in several]
+    monkeypatch.setattr(ms, "kernels_run_on", lambda _: True)
     for h, q in zip(several, expected):
-        assert_same(ms.swiglu_backward(h, da), q)
+        assert_same(ms.quantize_swiglu_gradient(h, da), q)
 
 
 @needs_triton
@@ -916,7 +918,8 @@ def test_kernels_read_factors_and_angles_of_any_strides():
     assert torch.equal(ms.transpose_triton(data, wide[:, :1]).float(), expected.float())
     (cos, sin), x = angles(5, 32), heads(2, 5, 3, 16)
     near, apart = ([z[:, ::2].contiguous() for z in (cos, sin)], [z[:, ::2] for z in (cos, sin)])
-    assert_same(ms.rope_backward_triton(x, x, x, *apart), ms.rope_backward_triton(x, x, x, *near))
+    quantized = (ms.quantize_qkv_gradient_triton(x, x, x, *angles) for angles in (apart, near))
+    assert_same(*quantized)
     ms.rope_triton_(turned := x.clone(), *apart)
     ms.rope_triton_(x, *near)
     assert torch.equal(turned, x)

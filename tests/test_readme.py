@@ -72,7 +72,7 @@ def test_every_option_that_they_name_is_one():
 
 def test_everything_that_the_fork_section_names_exists():
     names = re.findall(r"`([A-Za-z_]\w+)`", README.split("## Fork it")[1])
-    assert {"swiglu_backward", "norm_rows", "FUSED"} <= set(names)
+    assert {"quantize_swiglu_gradient", "quantize_norm", "FUSED"} <= set(names)
     code = "".join((ROOT / f"{file}.py").read_text("utf-8") for file in ("microscale", "model", "train"))
     defined = set(re.findall(r"^ *(?:def |class )?(\w+)(?: =|\()", code, re.MULTILINE))
     assert set(names) - defined == set()

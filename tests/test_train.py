@@ -331,7 +331,7 @@ def test_a_block_may_have_another_precision_than_the_others(recipe, tiny, tmp_pa
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_copies_that_an_update_leaves_are_current_whoever_writes_them(fused, monkeypatch):
-    monkeypatch.setattr(autoscale, "has_fp8_tensor_cores", lambda device: True)
+    monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: True)
     by_kernel, device = [], torch.device(DEVICE)
     before_call(monkeypatch, autoscale, "adamw_triton", lambda *_: by_kernel.append(update))
     c = config(fp8="moss", rescale_interval=2)
