@@ -125,6 +125,7 @@ class Config:
 
 
 MODES = ("resume", "eval_only", "sample", "plot", "bench")
+OF_THE_ORDER = ("data", "batch", "accum", "seq", "seed")   # what decides which windows a step reads
 DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; two fit a coffee break
     "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
@@ -169,7 +170,8 @@ def recall(c, saved, say):
             setattr(c, name, value)
         elif getattr(c, name) != value:
             need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
-            say(f"note: --{name} was {value} and is now {getattr(c, name)}")
+            order = "; windows of data are read in another order" if name in OF_THE_ORDER else ""
+            say(f"note: --{name} was {value} and is now {getattr(c, name)}{order}")
 
 
 def resolve(c, device, world):
@@ -198,7 +200,7 @@ def resolve(c, device, world):
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
-         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: leave it out")
+         f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
     return c
 
 
@@ -328,6 +330,8 @@ def train(config):
     if saved:
         say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
             f"{ranks.world} go on")
+        if saved.get("tokens") != len(run.batches.tokens):
+            say(f"note: --data had {saved.get('tokens')} training tokens: windows are read in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
     run.val_loss = evaluate(model, run.val_batches, ranks)
     say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {run.val_loss:.4f}")
@@ -370,7 +374,9 @@ def loop(run, log):
             say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
             if in_a_row >= c.max_skips:
                 saver.finish()
-                first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
+                first = f"a gradient of over --spike {c.spike} times the median"
+                if not math.isfinite(loss + norm_value):
+                    first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
                                f"look at the data; {last_good(c.out)}")
         model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
@@ -381,9 +387,11 @@ def loop(run, log):
         if evaluating:
             run.val_loss = evaluate(model, run.val_batches, ranks)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
-        if (evaluating or stopping) and not in_a_row:   # what skips steps is not worth keeping
+        ending = (stopping or step == c.steps) and math.isfinite(loss)
+        if ending or evaluating and not in_a_row:   # a state that skips steps is not worth more room
             saver.save(own_state(run), {"step": step, "progress": dict(vars(progress)), "config": asdict(c),
-                                        "model_config": asdict(model.config)})
+                                        "model_config": asdict(model.config),
+                                        "tokens": len(run.batches.tokens)})
         elif written == ranks.world:
             saver.finish()
         if logging or evaluating or stopping:
@@ -582,7 +590,8 @@ class Tokens:
             path, offset, size = self.files[i]
             skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
             offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
-            piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
+            with blaming(f"--data: {path} has changed"):
+                piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
                                 f"is this the right data for --model?")
@@ -1065,8 +1074,8 @@ def check_folders(c):
             nearest = next(p for p in (path, *path.parents) if p.exists())
         need(nearest.is_dir() and os.access(nearest, os.W_OK),
              f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
-    for path in (Path.cwd(), Path(c.data or ".").resolve()):
-        need(not path.is_relative_to(Path(c.out).resolve()),
+    for path in map(os.path.realpath, (".", c.data or ".")):
+        need(not Path(path).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {path}, and the next run renames it: give a folder of its own")
     need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
 
@@ -1112,12 +1121,12 @@ def run_folder(c, ranks, step):
     if ranks.rank:
         yield lambda record: None
         return
-    out, board = Path(c.out).resolve(), None   # behind a link, too, an earlier run is renamed where it lies
+    out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
         with blaming(f"--out {out}"):
             lock(out, files)
-            if not c.resume and (path.exists() or checkpoints(out)):
+            if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
                 ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
             for unfinished in out.glob("step_*.tmp"):

@@ -813,6 +813,22 @@ def test_resume_without_a_checkpoint_begins_a_run_and_says_so(tiny, tmp_path, ca
     assert steps_in(tmp_path / "out") == [4, 2]
 
 
+def test_resume_without_a_checkpoint_moves_the_log_of_an_earlier_run_aside(tiny, tmp_path):
+    run(tiny("--fp8 none"))
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+    for path in train.checkpoints(tmp_path / "out"):
+        shutil.rmtree(path)
+    run(tiny("--fp8 none --resume"))
+    assert (tmp_path / "out.1/log.jsonl").read_bytes() == log
+
+
+def test_resume_on_data_of_another_size_says_so(tiny, tmp_path, monkeypatch, capsys):
+    interrupted(tiny("--fp8 none"), 2, monkeypatch)
+    path = Path(checkpoint(tmp_path / "out")["config"]["data"])
+    path.write_text(path.read_text() * 2)
+    assert "training tokens: windows are read in another order" in said(go_on(tmp_path / "out"), capsys).out
+
+
 def test_resume_of_a_run_that_is_done_changes_nothing(tiny, tmp_path, capsys):
     run(tiny("--fp8 none"))
     before = contents(tmp_path)
@@ -927,6 +943,22 @@ def test_while_steps_are_skipped_no_checkpoint_is_written_and_none_removed(tiny,
     run(tiny("--fp8 none --steps 9 --eval_every 1 --keep 1 --max_skips 9 --lr 1e-30"))
     assert [max(steps, default=0) for steps in folders] == [0, 0, 1, 2, 3, 3, 3, 3, 3, 8]
     assert len({tuple(steps) for steps in folders[4:9]}) == 1
+
+
+def test_a_last_step_that_is_skipped_for_its_gradient_is_saved(tiny, tmp_path, monkeypatch, capsys):
+    poison_gradient(monkeypatch, [3])
+    run(tiny("--fp8 none --steps 4 --eval_every 3"))
+    assert steps_in(tmp_path / "out") == [4, 3]
+    assert "the run is done" in said(go_on(tmp_path / "out"), capsys).out
+
+
+def test_data_that_shrink_while_they_are_read_are_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "a.bin"
+    np.zeros(2000, np.uint16).tofile(path)
+    tokens = train.Tokens([(path, 0, 2000)], np.uint16)
+    os.truncate(path, 100)
+    with pytest.raises(train.UserError, match="a.bin has changed"):
+        tokens.read(1000, 10)
 
 
 @pytest.mark.parametrize("x", [torch.randn(5, 7).t(), torch.tensor(3.0), torch.empty(0, 4),
