@@ -10,8 +10,7 @@ All arithmetic here is exact except the one rounding. It takes only two kinds of
 power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 below 8 has
 log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
 
-Training calls `cast` and `uncast` where no kernel casts, and pow2 and floor_log2 for its scales. The rest
-explains, and is what `cast` is tested against. No gradient passes through any rounding.
+Training calls `cast`, `uncast`, `pow2` and `floor_log2`; the rest explains. No gradient passes a rounding.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 for E4M3 and E5M2.
 
@@ -197,7 +196,7 @@ def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
     magnitude = value.abs().clamp(max=2.0 ** (fmt.emax + 1)).masked_fill(is_nan, 0)
     exponent = floor_log2(magnitude).clamp(min=fmt.emin)
     units = (magnitude * pow2(fmt.mantissa_bits - exponent)).to(torch.int32)
-    # A normal number's hidden 1 is part of `units`. Added to the field it makes that of emin 1, not 0.
+    # `units` includes the hidden 1, which adds 1 to the exponent field: emin gets field 1, subnormals 0.
     code = ((exponent - fmt.emin) << fmt.mantissa_bits) + units
     code = code.masked_fill(is_nan, (1 << (fmt.bits - 1)) - 1)
     negative = value.signbit()
