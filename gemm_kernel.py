@@ -130,8 +130,8 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, recipe):
-        x_q, saved = quantize_for_both_sums(x, E4M3, recipe)
-        ctx.save_for_backward(saved.data, saved.scale)
+        x_q, x_for_wgrad = quantize_for_both_sums(x, E4M3, recipe)
+        ctx.save_for_backward(x_for_wgrad.data, x_for_wgrad.scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
         return matmul(x_q, w, x.dtype)   # not promoted: the weights adapt to its errors
 
@@ -139,18 +139,21 @@ class FP8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
-        x_kept = Quantized(*ctx.saved_tensors, recipe.act_block)
-        dy_q, dy_kept = quantize_for_both_sums(dy, fmt, recipe)
-        dy_t, x_t = transpose_for_wgrad(dy_q, x_kept) if recipe.act_block == (1, ALL) else (dy_kept, x_kept)
+        x_for_wgrad = Quantized(*ctx.saved_tensors, recipe.act_block)
+        dy_q, dy_for_wgrad = quantize_for_both_sums(dy, fmt, recipe)
+        if recipe.act_block == (1, ALL):   # not transposed yet
+            dy_for_wgrad, x_for_wgrad = transpose_for_wgrad(dy_for_wgrad, x_for_wgrad)
         # promoted: most of these sums are long, and nothing adapts to errors of gradients
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
-        dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = matmul(dy_for_wgrad, x_for_wgrad, ctx.weight_dtype, promote=True)
         return dx, dw, None, None, None
 
 
 def quantize_for_both_sums(x, fmt, recipe):
     """Quantize x (T, C) for the product that sums over C, and x^T for wgrad, which sums over T. With a scale
-    per token the second is x again: only `transpose_for_wgrad` knows the scales of X and of dY."""
+    per token the second is x again: `transpose_for_wgrad` transposes it when it knows both scales."""
     if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
         return quantize_both(x, fmt, measured_scale(x, fmt, recipe.rule))
     q = quantize(x, fmt, recipe.act_block, recipe.rule)
