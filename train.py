@@ -387,8 +387,9 @@ def loop(run, log):
         if evaluating:
             run.val_loss = evaluate(model, run.val_batches, ranks)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
+        # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
-        if ending or evaluating and not in_a_row:   # a state that skips steps is not worth more room
+        if ending or evaluating and not in_a_row:
             saver.save(own_state(run), {"step": step, "progress": dict(vars(progress)), "config": asdict(c),
                                         "model_config": asdict(model.config),
                                         "tokens": len(run.batches.tokens)})
@@ -466,7 +467,7 @@ def prepare(c, ranks, saved=None):
     check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
                 len(batches.tokens), len(val_batches.tokens)],
                "options or data: start all with the same command, and give every node all files of --data")
-    for p in model.parameters() if ranks.world > 1 else ():
+    for p in model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     owner = owners(model, ranks.world)
     shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
