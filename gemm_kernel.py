@@ -40,8 +40,7 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
-                        kernels_run_on, measured_scale, quantize, quantize_both, quantize_reference,
-                        transpose)
+                        kernels_run_on, measured_scale, quantize, quantize_reference, transpose)
 
 if HAS_TRITON:
     import triton
@@ -154,9 +153,9 @@ class FP8Linear(torch.autograd.Function):
 def quantize_for_both_sums(x, fmt, recipe):
     """Quantize x (T, C) for the product that sums over C, and x^T for wgrad, which sums over T. With a scale
     per token the second is x again: `transpose_for_wgrad` transposes it when it knows both scales."""
-    if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
-        return quantize_both(x, fmt, measured_scale(x, fmt, recipe.rule))
     q = quantize(x, fmt, recipe.act_block, recipe.rule)
+    if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
+        return q, Quantized(transpose(q.data), q.scale, q.block)
     if recipe.act_block == (1, ALL):
         return q, q
     return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # of the unquantized x: rounded once

@@ -318,13 +318,6 @@ def rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def qkv_gradient(dq, dk, dv, cos, sin):
-    """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), float32, from those of rope(q) (B, T, heads,
-    head_dim), of rope(k) and of v (B, T, kv_heads, head_dim)."""
-    dq, dk = (rope(x.float(), cos, -sin) for x in (dq, dk))   # turned back by the same angles
-    return torch.cat([x.float().flatten(2) for x in (dq, dk, dv)], dim=2).flatten(0, 1)
-
-
 # ---------------------------------------------------------------------------------------------------
 # The same, as a kernel where the GPU has FP8 tensor cores, or in PyTorch. Other shapes are a ValueError.
 
@@ -384,16 +377,6 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     return quantize_reference(x, fmt, block, rule, scale)
 
 
-def quantize_both(x, fmt, scale):
-    """Quantize x (R, C) under `scale` (1, 1), and return x and x^T (C, R) from one reading of x."""
-    expect("x", x, (None, None), "rows that products sum along")
-    expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
-    if kernels_take(x, fmt):
-        return quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
-    q = quantize_reference(x, fmt, (ALL, ALL), "fp32", scale)
-    return q, Quantized(transpose_reference(q.data), scale, (ALL, ALL))
-
-
 def transpose(q, row_factor=None):
     """Transpose FP8 data (R, C) -> (C, R), as `transpose_reference`."""
     expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
@@ -441,31 +424,18 @@ def quantize_swiglu_gradient(h, da):
     return quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale)
 
 
-def expect_heads(name, x, shape, cos, sin):
-    expect(name, x, (*shape, x.shape[-1] // 2 * 2), "(B, T, heads, head_dim)")
-    for table, angles in (("cos", cos), ("sin", sin)):
-        expect(table, angles, (x.shape[1], x.shape[3] // 2), "one for each position and pair")
-
-
-def rope_(x, cos, sin):
-    """Turn x (B, T, heads, head_dim) in place, as `rope`. ValueError where autograd would need a gradient."""
-    expect_heads("x", x, (None, None, None), cos, sin)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x requires a gradient, which rope_ does not have: use rope, or torch.no_grad()")
-    if kernels_take(x) and x.stride(3) == 1:
-        rope_triton_(x, cos, sin)
+def rope_into(out, x, cos, sin):
+    """Write `rope(x, cos, sin)` to out, both (B, T, heads, head_dim); out may be x. It has no gradient."""
+    expect("x", x, (None, None, None, x.shape[-1] // 2 * 2), "(B, T, heads, head_dim)")
+    expect("out", out, x.shape, "as x")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        expect(name, angles, (x.shape[1], x.shape[3] // 2), "one for each position and pair")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("x or out requires a gradient, which rope_into does not have: use rope")
+    if kernels_take(x) and x.stride(3) == out.stride(3) == 1:
+        rope_triton(out, x, cos, sin)
     else:
-        x.copy_(rope(x, cos, sin))
-
-
-def quantize_qkv_gradient(dq, dk, dv, cos, sin):
-    """Quantize `qkv_gradient`, the gradient of [q, k, v]."""
-    expect_heads("dq", dq, (None, None, None), cos, sin)
-    for name, x in (("dk", dk), ("dv", dv)):
-        expect(name, x, (*dq.shape[:2], dk.shape[2], dq.shape[3]), "(B, T, kv_heads, head_dim)")
-    if kernels_take(dq) and dq.shape[2] * dq.shape[3] <= MAX_COLUMNS:
-        return quantize_qkv_gradient_triton(dq, dk, dv, cos, sin)
-    return quantize_reference(qkv_gradient(dq, dk, dv, cos, sin), E4M3, (1, ALL), "up")
+        out.copy_(rope(x, cos, sin))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -555,9 +525,9 @@ if HAS_TRITON:
         return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
 
     @triton.jit
-    def _quantize_kernel(x_ptr, q_ptr, t_ptr, scale_ptr, R, C, stride_r, stride_c, groups,
-                         ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
-                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr, BOTH: tl.constexpr):
+    def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, groups, ROWS: tl.constexpr,
+                         COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
+                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr):
         """Quantize a tile (ROWS, COLS) of x, any strides, under a scale per GROUP columns or a given one."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
@@ -576,11 +546,9 @@ if HAS_TRITON:
             tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale,
                      mask=(r < R)[:, None] & (g < groups)[None, :])
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
-        if BOTH:
-            tl.store(t_ptr + c[:, None] * R + r[None, :], tl.trans(q), mask=tl.trans(inside))
 
-    def quantize_triton(x, fmt, block, rule, scale=None, both=False):
-        """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (1, 1); both: return x^T, too."""
+    def quantize_triton(x, fmt, block, rule, scale=None):
+        """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (1, 1)."""
         (R, C), e8m0 = x.shape, scale is None and stores_e8m0(block, rule)
         rows, cols, group, groups = 64, 128, 128, 1
         if scale is None:
@@ -590,12 +558,10 @@ if HAS_TRITON:
         else:
             rule, block = "given", (ALL, ALL)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
-        t = torch.empty(C, R, device=x.device, dtype=fmt.dtype) if both else None
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
-            x, q, t, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), groups, ROWS=rows,
-            COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, BOTH=both, num_warps=4)
-        q = Quantized(q, scale, block)
-        return (q, Quantized(t, scale, block)) if both else q
+            x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), groups, ROWS=rows,
+            COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, num_warps=4)
+        return Quantized(q, scale, block)
 
     @triton.jit
     def load_row(ptr, r, c, C, stride_r, stride_c, EVICT: tl.constexpr = tl.constexpr("")):
@@ -705,84 +671,30 @@ if HAS_TRITON:
         return q
 
     @triton.jit
-    def load_pairs(x_ptr, at, inside, HALF: tl.constexpr):
-        a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        return a, tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, t, stride_h, HALF: tl.constexpr,
-               BACK: tl.constexpr):
-        """Turn pairs (x_i, x_{i + HALF}): return both, (ROWS, PAIRS) float32, and where x_i lies."""
-        i = (pair % HALF)[None, :]
-        at = row[:, None] + (pair // HALF)[None, :] * stride_h + i
-        angle = t[:, None] * HALF + i
-        cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
-        sin = -sin if BACK else sin
-        a, b = load_pairs(x_ptr, at, inside, HALF)
-        return a * cos - b * sin, b * cos + a * sin, at
-
-    @triton.jit
-    def _rope_kernel(x_ptr, cos_ptr, sin_ptr, R, T, pairs, stride_b, stride_t, stride_h, HALF: tl.constexpr,
-                     ROWS: tl.constexpr, PAIRS: tl.constexpr):
-        """Compute `rope` in place: one thread holds both numbers of a pair."""
+    def _rope_kernel(out_ptr, x_ptr, cos_ptr, sin_ptr, R, T, pairs, out_b, out_t, out_h, x_b, x_t, x_h,
+                     HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+        """Compute `rope`. One thread reads both numbers of a pair before it writes them: out may be x."""
         r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
         inside = (r < R)[:, None] & (pair < pairs)[None, :]
-        row = (r // T).to(tl.int64) * stride_b + (r % T).to(tl.int64) * stride_t
-        a, b, at = rotate(x_ptr, row, pair, inside, cos_ptr, sin_ptr, r % T, stride_h, HALF, False)
-        tl.store(x_ptr + at, a.to(x_ptr.dtype.element_ty), mask=inside)
-        tl.store(x_ptr + at + HALF, b.to(x_ptr.dtype.element_ty), mask=inside)
+        b, t = (r // T).to(tl.int64)[:, None], (r % T).to(tl.int64)[:, None]
+        head, i = (pair // HALF)[None, :], (pair % HALF)[None, :]
+        cos = tl.load(cos_ptr + t * HALF + i, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + t * HALF + i, mask=inside, other=0.0)
+        at = x_ptr + b * x_b + t * x_t + head * x_h + i
+        first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+        to, dtype = out_ptr + b * out_b + t * out_t + head * out_h + i, out_ptr.dtype.element_ty
+        tl.store(to, (first * cos - second * sin).to(dtype), mask=inside)
+        tl.store(to + HALF, (second * cos + first * sin).to(dtype), mask=inside)
 
-    def rope_triton_(x, cos, sin):
+    def rope_triton(out, x, cos, sin):
         B, T, heads, head_dim = x.shape
         pairs = heads * head_dim // 2
         width = min(power_of_two_from(pairs), 1024)
         _rope_kernel[(cdiv(B * T, 2), cdiv(pairs, width))](
-            x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *x.stride()[:3], HALF=head_dim // 2,
-            ROWS=2, PAIRS=width, num_warps=4)
-
-    @triton.jit
-    def store_pairs(row, pair, inside, a, b, inverse, HALF: tl.constexpr):
-        """Store pairs as FP8; that of a lies HALF before that of b."""
-        at = row + ((pair // HALF) * 2 * HALF + pair % HALF)[None, :]
-        tl.store(at, to_fp8(a * inverse), mask=inside)
-        tl.store(at + HALF, to_fp8(b * inverse), mask=inside)
-
-    @triton.jit
-    def _rope_backward_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, q_ptr, scale_ptr, R, T, pairs,
-                              kv_pairs, dq_b, dq_t, dq_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
-                              HALF: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-                              KV_PAIRS: tl.constexpr):
-        """Compute `quantize_qkv_gradient`: three tensors of any strides (b, t, h) become the rows of one."""
-        r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), R - 1)
-        b, t = (r // T).to(tl.int64), (r % T).to(tl.int64)
-        j, i = tl.arange(0, PAIRS), tl.arange(0, KV_PAIRS)
-        of_q, of_k = (j < pairs)[None, :], (i < kv_pairs)[None, :]
-        q0, q1, _ = rotate(dq_ptr, b * dq_b + t * dq_t, j, of_q, cos_ptr, sin_ptr, t, dq_h, HALF, True)
-        k0, k1, _ = rotate(dk_ptr, b * dk_b + t * dk_t, i, of_k, cos_ptr, sin_ptr, t, dk_h, HALF, True)
-        of_v = (b * dv_b + t * dv_t)[:, None] + (i // HALF)[None, :] * dv_h + (i % HALF)[None, :]
-        v0, v1 = load_pairs(dv_ptr, of_v, of_k, HALF)
-        of_kv = tl.maximum(tl.maximum(magnitude(k0), magnitude(k1)), tl.maximum(magnitude(v0), magnitude(v1)))
-        amax = tl.maximum(tl.max(tl.maximum(magnitude(q0), magnitude(q1)), axis=1), tl.max(of_kv, axis=1))
-        scale, inverse = scale_of(amax[:, None], "up")
-        tl.store(scale_ptr + r[:, None], scale)
-        row = q_ptr + r.to(tl.int64)[:, None] * (2 * pairs + 4 * kv_pairs)
-        store_pairs(row, j, of_q, q0, q1, inverse, HALF)
-        store_pairs(row + 2 * pairs, i, of_k, k0, k1, inverse, HALF)
-        store_pairs(row + 2 * pairs + 2 * kv_pairs, i, of_k, v0, v1, inverse, HALF)
-
-    def quantize_qkv_gradient_triton(dq, dk, dv, cos, sin):
-        B, T, heads, head_dim = dq.shape
-        pairs, kv_pairs = heads * head_dim // 2, dk.shape[2] * head_dim // 2
-        dq, dk, dv = (x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv))
-        q, width = empty_rows(B * T, 2 * pairs + 4 * kv_pairs, dq.device), power_of_two_from(pairs)
-        rows = max(1024 // width, 1)
-        _rope_backward_kernel[(cdiv(B * T, rows),)](
-            dq, dk, dv, cos.contiguous(), sin.contiguous(), q.data, q.scale, B * T, T, pairs, kv_pairs,
-            *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], HALF=head_dim // 2, ROWS=rows, PAIRS=width,
-            KV_PAIRS=power_of_two_from(kv_pairs), num_warps=4)
-        return q
+            out, x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *out.stride()[:3], *x.stride()[:3],
+            HALF=head_dim // 2, ROWS=2, PAIRS=width, num_warps=4)
 
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,
@@ -905,22 +817,18 @@ Folding changes values of some 2^-14 of their row's maximum or less, few but in 
 def show_bandwidth(T=16384, d=4096, ffn=11008):
     """Print the time of every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
     from triton.testing import do_bench
-    shapes = (T, d), (T, 2 * ffn), (T, ffn), (d,), (8, T // 8, 3 * d // 128, 128)
-    x, h, da, row, qkv = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    shapes = (T, d), (T, 2 * ffn), (T, ffn), (d,), (8, T // 8, 2 * d // 128, 128)
+    x, h, da, row, qk = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     q, h_q = quantize(x, E4M3, (1, ALL)), quantize_swiglu(h)[1]
-    scale = torch.full((1, 1), 0.01, device="cuda")
     factor, angles = q.scale / q.scale.max(), torch.randn(2, T // 8, 64, device="cuda").unbind()
-    dq, dk, dv = (z.contiguous() for z in qkv.chunk(3, dim=2))
     kernels = {  # name: (bytes it has to move, function)
         "quantize rows": (3 * T * d, lambda: quantize(x, E4M3, (1, ALL), "up")),
         "quantize 1 x 128": (3 * T * d, lambda: quantize(x, E4M3, (1, 128), "fp32")),
         "RMSNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "rms", row)),
         "LayerNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "layer")),
-        "RoPE of q and k, in place": (8 * T * d, lambda: rope_(qkv[:, :, :-d // 128], *angles)),
-        "RoPE backward, quantize rows": (9 * T * d, lambda: quantize_qkv_gradient(dq, dk, dv, *angles)),
+        "RoPE of q and k, in place": (8 * T * d, lambda: rope_into(qk, qk, *angles)),
         "SwiGLU, quantize rows": (7 * T * ffn, lambda: quantize_swiglu(h)),
         "SwiGLU backward, quantize rows": (6 * T * ffn, lambda: quantize_swiglu_gradient(h_q, da)),
-        "quantize X and X^T, scale given": (4 * T * d, lambda: quantize_both(x, E4M3, scale)),
         "FP8 X to X^T, a factor per row": (2 * T * d, lambda: transpose(q.data, factor))}
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")

@@ -31,10 +31,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS, cast, format_of, uncast
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, cdiv, fold_loss, qkv_gradient,
-                        quantize, quantize_norm, quantize_qkv_gradient, quantize_swiglu,
-                        quantize_swiglu_gradient, quantize_weight, rope, rope_, saturated_share, stores_e8m0,
-                        swiglu, swiglu_gradient)
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, fold_loss, quantize, quantize_norm,
+                        quantize_swiglu, quantize_swiglu_gradient, quantize_weight, rope, rope_into,
+                        saturated_share, stores_e8m0, swiglu, swiglu_gradient)
 
 
 @dataclass(frozen=True)
@@ -334,7 +333,8 @@ class NormQKV(torch.autograd.Function):
         kv_heads = config.kv_dim // config.head_dim
         x_q = quantize_input(x.flatten(0, 1), layer, config.norm, norm_weight)          # (B T, d)
         qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
-        rope_(qkv[:, :, :-kv_heads], cos, sin)                                         # q and k, in place
+        qk = qkv[:, :, :-kv_heads]
+        rope_into(qk, qk, cos, sin)
         ctx.save_for_backward(x, norm_weight, cos, sin, x_q.data, x_q.scale)
         ctx.layer, ctx.kind = layer, config.norm
         return *qkv.split((config.heads, kv_heads, kv_heads), dim=2), x
@@ -342,12 +342,24 @@ class NormQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
-        (x, norm_weight, cos, sin, *x_q), layer, n = ctx.saved_tensors, ctx.layer, cdiv(WATCHED, dq.shape[1])
-        dy_q = quantize_qkv_gradient(dq, dk, dv, cos, sin)                            # (B T, d + 2 kv_dim)
-        dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), layer, x.dtype,
-                                 lambda: qkv_gradient(dq[:n], dk[:n], dv[:n], cos, sin))
+        (x, norm_weight, cos, sin, *x_q), layer = ctx.saved_tensors, ctx.layer
+        dqkv = qkv_gradient(dq, dk, dv, cos, sin)                                     # (B T, d + 2 kv_dim)
+        dx, dw = linear_backward(quantize_norm(dqkv, "none"), Quantized(*x_q, (1, ALL)), layer, x.dtype,
+                                 lambda: dqkv)
         dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, ctx.kind, residual.flatten(0, 1))
         return dx.view_as(x), d_norm, dw, None, None, None, None
+
+
+def qkv_gradient(dq, dk, dv, cos, sin):
+    """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), from those of rope(q) (B, T, heads, head_dim), of
+    rope(k) and of v (B, T, kv_heads, head_dim): RoPE turns by an angle, its gradient turns back."""
+    (B, T, heads, head_dim), kv_heads = dq.shape, dk.shape[2]
+    dqkv = dq.new_empty(B, T, heads + 2 * kv_heads, head_dim)
+    to_q, to_k, to_v = dqkv.split((heads, kv_heads, kv_heads), dim=2)
+    rope_into(to_q, dq, cos, -sin)
+    rope_into(to_k, dk, cos, -sin)
+    to_v.copy_(dv)
+    return dqkv.view(B * T, -1)
 
 
 class LinearResidual(torch.autograd.Function):
