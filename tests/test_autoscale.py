@@ -25,7 +25,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 pytestmark = pytest.mark.usefixtures("one_thread")
 for_betas = pytest.mark.parametrize("betas", BETAS, ids=str)
 for_bounded_betas = pytest.mark.parametrize("betas", BETAS[:3], ids=str)
-for_modes = pytest.mark.parametrize("mode", WeightScales.MODES)
+for_modes = pytest.mark.parametrize("mode", ["predicted", "current"])
 for_devices = pytest.mark.parametrize("device", DEVICES)
 for_copies = pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
                                      ids=["deepcopy", "pickle"])
@@ -79,21 +79,12 @@ def test_the_bound_begins_at_the_learning_rate_and_never_decreases(betas):
     assert bounds[0] == 1.0 and all(b >= a * (1 - 1e-15) for a, b in zip(bounds, bounds[1:]))
 
 
-@pytest.mark.parametrize("betas, limit", [*zip(BETAS, (1.165, 7.270, 1.0))], ids=str)
-def test_known_limits(betas, limit):
-    assert adam_update_bound(10**9, *betas) == pytest.approx(limit, abs=1e-3)
-
-
-@pytest.mark.parametrize("betas", [(0.95, 0.9), (0.9, 0.81)], ids=str)
-def test_grows_without_limit_unless_beta1_squared_is_below_beta2(betas):
-    bounds = [adam_update_bound(10**k, *betas) for k in range(8)]
-    assert all(later > 1.2 * earlier or later == math.inf for earlier, later in zip(bounds[1:], bounds[2:]))
-    assert bounds[-1] > 100
-
-
-def test_without_memory_in_v_there_is_no_bound():
-    assert [adam_update_bound(*arguments) for arguments in ((1, 0.9, 0.0), (2, 0.9, 0.0))] == [1, math.inf]
-    assert adam_update_bound(2, 0.0, 0.0) == 1
+@pytest.mark.parametrize("t, betas, bound", [
+    (10**9, (0.9, 0.95), 1.165), (10**9, (0.9, 0.999), 7.270), (10**9, (0.95, 0.95), 1.0),
+    (10**9, (0.95, 0.9), math.inf), *((t, (0.9, 0.81), (t / 19) ** 0.5) for t in (10**3, 10**6, 10**9)),
+    (1, (0.9, 0.0), 1.0), (2, (0.9, 0.0), math.inf), (2, (0.0, 0.0), 1.0)], ids=str)
+def test_known_bounds_which_have_a_limit_only_for_beta1_squared_below_beta2(t, betas, bound):
+    assert adam_update_bound(t, *betas) == pytest.approx(bound, abs=1e-3)
 
 
 @pytest.mark.parametrize("t, beta1, beta2, named", [(0, 0.9, 0.95, "t = 0"), (5, 1.0, 0.95, "beta1 = 1.0"),
@@ -106,19 +97,13 @@ def test_impossible_arguments_are_named(t, beta1, beta2, named):
 
 @for_betas
 @pytest.mark.parametrize("t", [1, 2, 30, 200])
-def test_adamw_attains_the_bound_on_the_worst_case_and_exceeds_one(betas, t):
-    attained = adamw_update(worst_case_gradients(t, *betas), *betas)
-    assert attained == pytest.approx(adam_update_bound(t, *betas), rel=1e-9)
-    assert attained > 1 or t == 1 or betas[0] == betas[1]
-
-
-@for_betas
-def test_no_other_gradients_exceed_the_bound(betas):
+def test_adamw_attains_the_bound_on_the_worst_case_and_exceeds_it_on_no_other(betas, t):
     torch.manual_seed(0)
-    worst = worst_case_gradients(40, *betas)
-    for _ in range(40):
-        gradients = worst + 0.1 * torch.randn(()) * torch.randn(40)
-        assert adamw_update(gradients, *betas) <= adam_update_bound(40, *betas) * (1 + 1e-12)
+    worst, bound = worst_case_gradients(t, *betas), adam_update_bound(t, *betas)
+    assert adamw_update(worst, *betas) == pytest.approx(bound, rel=1e-9)
+    assert bound > 1 or t == 1 or betas[0] == betas[1]
+    for _ in range(10):
+        assert adamw_update(worst + 0.1 * torch.randn(()) * torch.randn(t), *betas) <= bound * (1 + 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -234,16 +219,17 @@ def test_the_bound_survives_fp32_adam_on_the_worst_case(capturable):
     assert scales.headroom().item() < 1.005
 
 
-def test_the_prediction_does_not_look_at_the_weights():
+def test_a_prediction_does_not_look_at_the_weights_and_a_rescale_at_the_step_that_is_given_does():
+    """The scales do not count calls: an optimizer step that is skipped leaves them alone."""
     weights = ragged_weights()
-    scales = WeightScales(weights, interval=3)
-    weights[0].data.fill_(math.nan)
-    weights[1].data.fill_(math.inf)
-    for step in (1, 2):
-        scales.update(1e-3, (0.9, 0.95), 0.1, step)
-        assert scales.scale.isfinite().all()
-    scales.update(1e-3, (0.9, 0.95), 0.1, 3)  # a rescale does look
-    assert scales.scale[0].isnan() and scales.scale[1].isinf() and scales.scale[2:].isfinite().all()
+    scales = WeightScales(weights, interval=10)
+    before = scales.scale.clone()
+    for w, value in zip(weights, (math.nan, math.inf)):
+        w.data.fill_(value)
+    scales.update(1e-3, (0.9, 0.95), 0.0, step=9)
+    assert scales.scale.isfinite().all() and (scales.scale > before).all()
+    scales.update(1e-3, (0.9, 0.95), 0.0, step=10)
+    assert scales.scale[0].isnan() and scales.scale[1].isinf() and torch.equal(scales.scale[2:], before[2:])
 
 
 @pytest.mark.parametrize("mode, interval", [("predicted", 50), ("predicted", 0), ("current", 0)])
@@ -256,16 +242,6 @@ def test_a_rescale_takes_the_true_maximum_at_exactly_the_interval(mode, interval
         measured = mode == "current" or interval > 0 and step % interval == 0
         assert torch.equal(scales.scale, amax(weights) / 448) == scales.measures(step) == measured
         assert (scales.headroom() >= 1).all()
-
-
-def test_update_counts_by_the_step_it_is_given():
-    """... not by how often it was called: an optimizer step that is skipped leaves the scale alone."""
-    scales = WeightScales(ragged_weights(), interval=10)
-    before = scales.scale.clone()
-    scales.update(1e-3, (0.9, 0.95), 0.0, step=9)
-    assert (scales.scale > before).all()
-    scales.update(1e-3, (0.9, 0.95), 0.0, step=10)
-    assert torch.equal(scales.scale, before)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -288,18 +264,6 @@ def test_a_weight_of_zeros_or_without_numbers_gets_a_small_positive_scale(mode):
     assert (torch.zeros(3, 2) / scales.scale[0] == 0).all()
 
 
-@pytest.mark.parametrize("history", [1, 3, 16])
-def test_delayed_mode_is_the_largest_maximum_of_the_previous_steps(history):
-    weight, maxima = torch.zeros(4), [0.0] * history + [5.0, 2.0, 7.0] + [1.0] * 20 + [3.0, 2.0, 1.0, 1.0]
-    scales = WeightScales([weight], mode="delayed", history=history)
-    for step in range(1, len(maxima) - history):
-        weight.fill_(-maxima[step + history - 1])
-        scales.update(1e-3, (0.9, 0.95), 0.0, step)
-        previous = torch.tensor(max(maxima[step - 1:step + history - 1]))
-        assert scales.scale.item() == max(previous / 448, MIN_SCALE)
-    assert scales.scale_history.shape == (history, 1)
-
-
 @for_devices
 @for_modes
 def test_a_view_of_a_scale_stays_valid_and_a_state_is_a_copy(mode, device):
@@ -310,7 +274,7 @@ def test_a_view_of_a_scale_stays_valid_and_a_state_is_a_copy(mode, device):
         weights[1].data.add_(0.01)
         scales.update(1e-2, (0.9, 0.95), 0.0, step)
         assert view.item() == scales.scale[1].item()
-    assert all(torch.equal(state[key], saved[key]) for key in ("scale", "scale_history"))
+    assert torch.equal(state["scale"], saved["scale"])
     scales.load_state_dict(WeightScales(ragged_weights(device, seed=1), mode).state_dict())
     assert view.item() == scales.scale[1].item()
 
@@ -337,7 +301,7 @@ def test_scales_are_float32_on_the_device_of_the_weights():
     try:
         with torch.device("meta"):
             for device, weights in (("cpu", on_cpu), ("meta", [torch.empty(3, dtype=torch.float32)])):
-                scales = WeightScales(weights, mode="delayed")
+                scales = WeightScales(weights)
                 scales.update(1e-3, (0.9, 0.95), 0.1, 1)
                 scales.load_state_dict(scales.state_dict())
                 assert (scales.scale.dtype, scales.headroom().device.type) == (torch.float32, device)
@@ -364,14 +328,13 @@ def test_a_resumed_run_continues_bit_for_bit(mode, tmp_path):
 
 @pytest.mark.parametrize("broken", [
     None, {}, {"mode": "current"}, {"scale": None}, {"scale": [1.0] * 4}, {"scale": torch.ones(3)},
-    {"scale": torch.ones(4, dtype=torch.float64)}, {"scale": torch.ones(4, 1)},
-    {"scale_history": torch.ones(4, 4)}, {"scale_history": torch.ones(16, 1)}], ids=str)
+    {"scale": torch.ones(4, dtype=torch.float64)}, {"scale": torch.ones(4, 1)}], ids=str)
 def test_another_state_is_refused_and_changes_nothing(broken):
-    scales = WeightScales(ragged_weights(), mode="delayed")
+    scales = WeightScales(ragged_weights())
     before = scales.state_dict()
     with pytest.raises(ValueError, match="build WeightScales as it was when saved"):
         scales.load_state_dict({**before, **broken} if broken else broken)
-    assert all(torch.equal(scales.state_dict()[key], before[key]) for key in ("scale", "scale_history"))
+    assert torch.equal(scales.scale, before["scale"])
 
 
 @for_copies
@@ -423,7 +386,7 @@ def test_settings_outside_the_proof_are_refused_in_any_group(options, named):
 
 @pytest.mark.parametrize("options, named", [
     ({"mode": "static"}, "mode = 'static'"), ({"interval": -1}, "interval = -1"), ({"weights": []}, "FP32"),
-    ({"history": 0}, "history = 0"), ({"weights": [torch.ones(2, dtype=torch.bfloat16)]}, "float32"),
+    ({"weights": [torch.ones(2, dtype=torch.bfloat16)]}, "float32"),
     ({"weights": [torch.ones(2), torch.ones(2, device="meta")]}, "on cpu and meta")], ids=str)
 def test_impossible_settings_are_named(options, named):
     with pytest.raises(ValueError, match=named):
@@ -432,7 +395,9 @@ def test_impossible_settings_are_named(options, named):
 
 def test_the_tables_show_what_they_claim(capsys):
     autoscale.print_bound()
-    autoscale.print_prediction(autoscale.regression_run(steps=60, interval=20))
+    rows = autoscale.regression_run(steps=60, interval=20)
+    assert all(rows[i][4] == max(row[2] for row in rows[i - 16:i]) for i in range(16, 60))   # delayed
+    autoscale.print_prediction(rows)
     autoscale.print_headroom_cost()
     printed = capsys.readouterr().out
     assert "1.162   1.165   1.165             1.165" in printed  # (0.9, 0.95): bound, limit, and AdamW itself
