@@ -1,14 +1,12 @@
 """
 The FP8 matrix product on Hopper, and the linear layer made of three of them.
 
-    python gemm_kernel.py       # how exact sums and products are; on a GPU also time and TFLOP/s
+    python gemm_kernel.py       # what a tensor core loses of a sum; on a GPU also error and time of products
 
-Every product here is Y (M, N) = A (M, K) B (N, K)^T, and K is its summed axis: inputs in fprop, outputs in
-dgrad, tokens in wgrad. Both operands are stored with K last and contiguous, because Hopper's FP8 tensor cores
-read no other layout. They are FP8 numbers Q times scales. Where do the
-scales go? If they change along K, the product of every 32 or 128 of K must be multiplied by its scales before
-it is added to the sum. Ordinary FP32 instructions do that, and the tensor cores wait for them. If the scales
-do not change along K, they leave the sum:
+Every product here is Y (M, N) = A (M, K) B (N, K)^T. A and B are FP8 numbers Q times scales, stored with K,
+the summed axis, last and contiguous: Hopper's FP8 tensor cores read no other layout. If scales change along
+K, the product of every 32 or 128 of K must be multiplied by its scales before it is added to the sum.
+Ordinary FP32 instructions do that, and the tensor cores wait for them. Other scales leave the sum:
 
     Y[m, n] = scale_a[m] scale_b[n] sum_k Q_a[m, k] Q_b[n, k]
 
@@ -21,22 +19,14 @@ that of A B^T. W^T, dY^T and X^T are copies that are stored transposed.)
     fprop   Y  (T, N) = X   (T, K)  W  (N, K)^T       sums over the inputs K
     dgrad   dX (T, K) = dY  (T, N)  W^T(K, N)^T       sums over the outputs N
     wgrad   dW (N, K) = dY^T(N, T)  X^T(K, T)^T       sums over the tokens T
-
-A tensor core keeps about 14 bits of a running sum. To *promote* a sum is to add it into FP32, every 2048 of
-K, and to start anew. (The kernel moves only the upper half of its bits: `promote`.) dgrad and wgrad are
-promoted, fprop is not: "Why promote" below gives the reasons.
 """
 
-import functools
-import os
 import statistics
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-
-if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9):
-    os.environ["TRITON_INTERPRET"] = "1"   # without a Hopper GPU the kernels run in Triton's interpreter
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
@@ -60,31 +50,27 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N) in the fastest way this device has. It has no gradient.
 
-    promote   add the tensor core's running sum into FP32 every 2048 of K (for dgrad and wgrad)
-    add, out  (M, N): the product is added to `add` (a residual) and written to `out`, in the dtype of `out`;
-              with add = out it accumulates
+    promote   add the tensor core's running sum into FP32 every 2048 of K, and start anew
+    add, out  (M, N): a residual to add, and where to write, in the dtype of `out`; add = out accumulates
 
-    Without FP8 kernels this multiplies in FP32. With them, BF16 serves blocks that the kernel cannot scale,
-    and blocks of 32, where the kernel is slower. BF16 is exact for powers of two (`mx`), else it rounds.
+    Without FP8 kernels this multiplies in FP32. With them, BF16 serves what the kernel cannot multiply, and
+    blocks of 32, where the kernel is slower. BF16 is exact for powers of two (`mx`), else it rounds.
     """
     check_product(a, b, out_dtype, add, out)
     tensor_cores = kernels_run_on(a.data.device)
-    fp8 = a.data.itemsize == b.data.itemsize == 1
-    empty = 0 in (*a.data.shape, b.data.shape[0])   # a sum of nothing is 0, and no kernel is started
-    if tensor_cores and fp8 and not empty and a.block[1] != 32 and kernel_can_scale(a, b):
+    if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b):
         return matmul_triton(a, b, out_dtype, promote, add, out)
     out_dtype = out_dtype if out is None else out.dtype
     product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if tensor_cores else torch.float32)
     return product if out is None else out.copy_(product)
 
 
-def kernel_can_scale(a, b):
-    """Tell if the kernel can apply these scales: A's per row or one, and one of B; or both per step of K."""
-    if a.global_scale is not None or b.global_scale is not None:
-        return False
-    if a.block[1] == ALL:
-        return a.block[0] in (1, ALL) and b.block == (ALL, ALL)
-    return a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] and b.block[1] in KERNEL_WIDTHS
+def kernel_can_multiply(a, b):
+    """Tell if these are FP8 numbers (any), with scales that the kernel applies after the loop or inside."""
+    fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
+    after = a.block in ((1, ALL), (ALL, ALL)) and b.block == (ALL, ALL)
+    inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
+    return fp8 and (after or inside)
 
 
 def check_product(a, b, out_dtype, add, out):
@@ -93,19 +79,17 @@ def check_product(a, b, out_dtype, add, out):
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
                          f"with zeros (K is the summed axis, in wgrad the tokens)")
-    device, dtypes = a.data.device, [out_dtype]
-    for tensor in (add, out):
-        if tensor is None:
-            continue
+    given = [tensor for tensor in (add, out) if tensor is not None]
+    for tensor in given:
         if tensor.shape != (M, N) or not tensor.is_contiguous():
             raise ValueError(f"add or out has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
                              f"a contiguous ({M}, {N}) is needed")
-        dtypes.append(tensor.dtype)
-    if not all(dtype in (torch.bfloat16, torch.float32, torch.float16) for dtype in dtypes):
-        raise ValueError(f"FP8 product with {dtypes}: it sums in float32; use that, bfloat16 or float16")
-    for tensor in (a.scale, b.data, b.scale, add, out):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"FP8 product on {device} and {tensor.device}: move them to one device")
+    for dtype in (out_dtype, *(tensor.dtype for tensor in given)):
+        if dtype not in (torch.bfloat16, torch.float32, torch.float16):
+            raise ValueError(f"FP8 product in {dtype}: it sums in float32; use that, bfloat16 or float16")
+    for tensor in (a.scale, b.data, b.scale, *given):
+        if tensor.device != a.data.device:
+            raise ValueError(f"FP8 product on {a.data.device} and {tensor.device}: move them to one device")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -120,11 +104,10 @@ def fp8_linear(x, weight, w, w_t, recipe):
 
 
 class FP8Linear(torch.autograd.Function):
-    """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only. (All
-    recipes but `moss` train with it; `moss` has fused functions in model.py.)
+    """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only.
 
     x (T, K) bfloat16, float16 or float32; weight (N, K), the master weight, receives the gradient; w and w_t
-    are `quantize_weight(weight)`, made once per optimizer step; recipe: microscale.RECIPES.
+    are `quantize_weight(weight)`, made once per optimizer step. (`moss` has fused functions in model.py.)
     """
 
     @staticmethod
@@ -132,7 +115,7 @@ class FP8Linear(torch.autograd.Function):
         x_q, x_for_wgrad = quantize_for_both_sums(x, E4M3, recipe)
         ctx.save_for_backward(x_for_wgrad.data, x_for_wgrad.scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
-        return matmul(x_q, w, x.dtype)   # not promoted: the weights adapt to its errors
+        return matmul(x_q, w, x.dtype)   # not promoted: "Why promote" below
 
     @staticmethod
     @once_differentiable
@@ -142,11 +125,9 @@ class FP8Linear(torch.autograd.Function):
         dy_q, dy_for_wgrad = quantize_for_both_sums(dy, fmt, recipe)
         if recipe.act_block == (1, ALL):   # not transposed yet
             dy_for_wgrad, x_for_wgrad = transpose_for_wgrad(dy_for_wgrad, x_for_wgrad)
-        # promoted: most of these sums are long, and nothing adapts to errors of gradients
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = matmul(dy_for_wgrad, x_for_wgrad, ctx.weight_dtype, promote=True)
+        dw = (matmul(dy_for_wgrad, x_for_wgrad, ctx.weight_dtype, promote=True)
+              if ctx.needs_input_grad[1] else None)
         return dx, dw, None, None, None
 
 
@@ -166,8 +147,7 @@ def wgrad_factor(dy, x):
 
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
-    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. If all scales are powers of two, so
-    are the factors.
+    Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
     """
     if dy.block != (1, ALL) or x.block != (1, ALL) or dy.data.shape[0] != x.data.shape[0]:
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
@@ -193,42 +173,36 @@ def transpose_for_wgrad(dy, x):
 # ---------------------------------------------------------------------------------------------------
 # Why promote dgrad and wgrad, and not fprop
 #
-# The tensor core cuts off what does not fit into about 14 bits of a running sum. On an H200 that costs 1.3e-3
-# of the result at K = 4096 and 3.1e-3 at 16384, where the terms of a sum cancel. Where all have one sign
-# (operands of mean 2, deviation 1), every cut goes the same way: 26% is lost at 16384. Promoted every 2048 of
-# K, the errors at 16384 are 0.85e-3 and 2.8%.
+# A tensor core keeps about 14 bits of a running sum, and cuts off the rest. On an H200 that costs 0.3% of the
+# result at K = 16384, where the terms of a sum cancel. Where all have one sign (operands of mean 2, deviation
+# 1), every cut goes the same way, and 26% is lost. Promoted sums lose 0.085% and 2.8%.
 #
-# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. There the cut is largest, and gradients
-# of one sign, as from the mean of an input, would lose a part of themselves at every step. Nothing adapts to
-# that. Promoting dgrad and wgrad every 16 x 128 of K costs little.
-#
-# fprop sums over d or ffn, 4096 to 11008 at 7B. Its error makes the model a slightly different function, the
-# same at every step, and weights adapt to the function that they are trained with. Losses with and without
-# promotion, at the same weights, differ by less than 0.1%, and training at `1b` ended no lower with it (5
-# seeds). Gradients do differ: at the same weights those of `moss` are 13.6% off BF16's, and 6.3% with fprop
-# promoted every 2048 of K. That takes 5% more of fprop's time (every 512: 16%). promote=True in its calls of
-# `matmul` turns it on.
+# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. Gradients of one sign, as from the mean
+# of an input, would lose a part of themselves at every step, and nothing adapts to that. fprop sums over d or
+# ffn inputs. Its error makes the model a slightly different function, the same at every step, and weights
+# adapt to it. Promoting it, too, takes 5% more of its time. Gradients at the same weights are then 6.3% off
+# BF16's, in place of 13.6%, but the loss changes by less than 0.1%, and training at `1b` ended no lower.
 
 def tensor_core_sum(a, b, promote_every=None):
-    """Return a (M, K) b (N, K)^T, E4M3 numbers in float32, summed as an H200's tensor cores do, bit for bit.
+    """Multiply Quantized a (M, K), b (N, K) in E4M3, summing as an H200's tensor cores do, bit for bit.
 
     32 products and the sum so far are aligned to the largest exponent e among them: that of a product is the
     sum of its factors' (of subnormals that of the smallest normal number, 2^-6). Of each, what lies below
     2^(e - 13) is cut off. The rest is added exactly, and its first 14 bits are the new sum.
-
-    promote_every: after so many of K the sum is added to one in FP32, and starts anew.
+    After `promote_every` of K the sum is added to one in FP32, and starts anew.
     """
-    total = acc = a.new_zeros(len(a), len(b))
-    e_a, e_b = (floor_log2(x).clamp(min=E4M3.emin).masked_fill(x == 0, EXPONENT_OF_ZERO) for x in (a, b))
-    for k in range(0, a.shape[1], 32):
-        terms = torch.cat((a[:, None, k:k + 32] * b[:, k:k + 32], acc[..., None]), dim=2)         # (M, N, 33)
+    q_a, q_b = uncast(a.data), uncast(b.data)
+    e_a, e_b = (floor_log2(q).clamp(min=E4M3.emin).masked_fill(q == 0, EXPONENT_OF_ZERO) for q in (q_a, q_b))
+    total = acc = q_a.new_zeros(len(q_a), len(q_b))
+    for k in range(0, q_a.shape[1], 32):
+        terms = torch.cat((q_a[:, None, k:k + 32] * q_b[:, k:k + 32], acc[..., None]), dim=2)     # (M, N, 33)
         e = torch.cat((e_a[:, None, k:k + 32] + e_b[:, k:k + 32], floor_log2(acc)[..., None]), dim=2)
         unit = pow2((e.amax(dim=2, keepdim=True) - 13).clamp(min=-126))
         acc = ((terms / unit).trunc() * unit).sum(dim=2)
         acc = (acc.view(torch.int32) & -1024).view(torch.float32)                     # 13 of 23 fraction bits
         if promote_every and (k + 32) % promote_every == 0:
             total, acc = total + acc, torch.zeros_like(acc)
-    return total + acc
+    return (total + acc) * a.scale * b.scale
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -365,7 +339,7 @@ if HAS_TRITON:
                 return *shape, 1
         return 64, 64, 4, 4 if hopper else 2, 1
 
-    @functools.cache   # asking PyTorch takes the host longer than a launch
+    @cache   # asking PyTorch takes the host longer than a launch
     def sms_and_hopper(device):
         """Return (number of SMs, whether it is a Hopper GPU); for the interpreter 4 and True."""
         if device.type != "cuda":
@@ -374,10 +348,7 @@ if HAS_TRITON:
         return gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
 
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
-        """Multiply as `matmul`, which has checked the shapes. ValueError unless `kernel_can_scale`."""
-        if not kernel_can_scale(a, b):
-            raise ValueError(f"the kernel cannot scale blocks of {a.block} and {b.block}: use matmul, which "
-                             f"multiplies such blocks in BF16")
+        """Multiply as `matmul`, which has checked that it can."""
         (M, K), N, in_loop = a.data.shape, b.data.shape[0], a.block[1] != ALL
         sms, hopper = sms_and_hopper(a.data.device)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
@@ -402,97 +373,70 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # What `python gemm_kernel.py` shows
 
-VARIANTS = {  # where the kernel applies scales: (the recipe that has such scales, promote)
-    "epilogue only": ("moss", False), "epilogue, promoted": ("moss", True),
-    "in loop, per 128": ("group", False), "in loop, per 32": ("mx", False)}
+def operands(M, N, K, recipe, device, mean=0.0):
+    """Return random Quantized A (M, K) and B (N, K) with the scales of a recipe; their deviation is 1."""
+    recipe = RECIPES[recipe]
+    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, recipe.rule)
+            for n, block in ((M, recipe.act_block), (N, recipe.weight_block))]
 
 
 def relative_error(y, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def operands(M, N, K, variant, device, mean=0.0):
-    """Return random Quantized A (M, K) and B (N, K) for a variant."""
-    recipe = RECIPES[VARIANTS[variant][0]]
-    return [quantize_reference(torch.randn(n, K, device=device) + mean, E4M3, block, recipe.rule)
-            for n, block in ((M, recipe.act_block), (N, recipe.weight_block))]
-
-
-def error_of(variant, M, N, K, device):
-    """Return the error of the FP32 output against float64, on the same FP8 operands, in at most 512 rows."""
-    a, b = operands(min(M, 512), N, K, variant, device)
-    exact = a.dequantize().double() @ b.dequantize().double().t()
-    multiply = matmul_triton if HAS_TRITON else matmul
-    return relative_error(multiply(a, b, torch.float32, VARIANTS[variant][1]), exact)
-
-
-def error_of_sum(K, mean, promote_every):
-    """Return the error of tensor_core_sum against float64; operands have this mean and deviation 1."""
-    a, b = (uncast(q.data) for q in operands(64, 64, K, "epilogue only", "cpu", mean))
-    return relative_error(tensor_core_sum(a, b, promote_every), a.double() @ b.double().t())
+def product_error(y, a, b, add=0.0):
+    """Return the relative error of y against A B^T + add in float64, for Quantized a and b."""
+    return relative_error(y, a.dequantize().double() @ b.dequantize().double().t() + add)
 
 
 def show_sums():
-    """Print what tensor cores lose of sums of both signs, which cancel, and of one sign."""
-    print("Error of a sum over K in Hopper's tensor core (tensor_core_sum)\n"
-          "                    terms of both signs         terms of one sign\n"
-          "   promoted     K = 2048    4096   16384    2048    4096   16384")
-    for every in (None, 2048, 512):
-        errors = [error_of_sum(K, mean, every) for mean in (0.0, 2.0) for K in (2048, 4096, 16384)]
-        print(f"   {f'every {every}' if every else 'never':13}", *(f"{error:7.2%}" for error in errors))
-    print("-> A promoted sum loses the same at any length. Any other loses more the longer it is, a quarter\n"
-          "   where terms have one sign. `moss` promotes dgrad and wgrad every 2048 of K, and fprop never.\n")
+    """Print what a tensor core loses of sums of both signs, which cancel, and of one sign."""
+    print("Error of a sum in a tensor core    terms of both signs       terms of one sign\n"
+          "                        K = 2048    4096   16384    2048    4096   16384")
+    pairs = [operands(64, 64, K, "moss", "cpu", mean) for mean in (0.0, 2.0) for K in (2048, 4096, 16384)]
+    for how, every in (("never", None), ("every 2048", 2048), ("every 512", 512)):
+        errors = [product_error(tensor_core_sum(a, b, every), a, b) for a, b in pairs]
+        print(f"   promoted {how:12}", *(f"{error:7.2%}" for error in errors))
+    print("-> A promoted sum loses the same at any length. Others lose more the longer they are.\n")
 
 
-def layer_products(T=16384, d=4096, ffn=11008):
-    """Return the twelve products of a 7B layer: [(name, M, N, K)]."""
-    layers = {"qkv": (3 * d, d), "out": (d, d), "gate_up": (2 * ffn, d), "down": (d, ffn)}   # (N, K)
-    return [(f"{layer} {pass_}", *shape) for layer, (N, K) in layers.items()
-            for pass_, shape in (("fprop", (T, N, K)), ("dgrad", (T, K, N)), ("wgrad", (N, K, T)))]
-
-
-def times(functions, rounds=3):
-    """Time {name: function} -> {name: median ms}. A busy GPU slows down, so every other round is reversed."""
+def measure(M, N, K, fprop):
+    """Return {way to multiply: (median ms with BF16 output, error with FP32 output)}, of random data."""
     from triton.testing import do_bench
-    ms = {name: [] for name in functions}
-    for i in range(rounds):
-        for name in list(functions)[::-1 if i % 2 else 1]:
-            ms[name].append(do_bench(functions[name], warmup=60, rep=60, return_mode="median"))
-    return {name: statistics.median(values) for name, values in ms.items()}
-
-
-def time_product(M, N, K, variants, fast):
-    """Time BF16, torch._scaled_mm and the variants, random data and BF16 output: {name: median ms}."""
     x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
-    (a, b), one = operands(M, N, K, "epilogue only", "cuda"), torch.ones((), device="cuda")
-    functions = {"BF16": lambda: x @ w.t(), "_scaled_mm": lambda: torch._scaled_mm(
-        a.data, b.data.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast)}
-    for v in variants:
-        functions[v] = functools.partial(matmul_triton, *operands(M, N, K, v, "cuda"), promote=VARIANTS[v][1])
-    if "in loop, per 32" in variants:   # what `mx` does on Hopper
-        x_32, w_32 = (q.dequantize(torch.bfloat16) for q in operands(M, N, K, "in loop, per 32", "cuda"))
-        functions["per 32, in BF16"] = lambda: x_32 @ w_32.t()
-    return times(functions)
+    (a, b), one = operands(M, N, K, "moss", "cuda"), torch.ones((), device="cuda")
+    ours = {"as trained": partial(matmul_triton, a, b, promote=not fprop)}
+    if fprop:
+        group, mx = (operands(M, N, K, recipe, "cuda") for recipe in ("group", "mx"))
+        ours |= {"promoted": partial(matmul_triton, a, b, promote=True),
+                 "in loop, per 128": partial(matmul_triton, *group),
+                 "in loop, per 32": partial(matmul_triton, *mx),
+                 "per 32, in BF16": partial(matmul, *mx)}   # as `mx` trains
+    errors = {way: product_error(multiply(torch.float32), *multiply.args) for way, multiply in ours.items()}
+    ways = {"BF16": lambda: x @ w.t(), "_scaled_mm": lambda: torch._scaled_mm(
+        a.data, b.data.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fprop), **ours}
+    ms = {way: [] for way in ways}
+    for way in [*ways, *reversed(ways), *ways]:   # a busy GPU slows down
+        ms[way].append(do_bench(ways[way], warmup=60, rep=60, return_mode="median"))
+    return {way: (statistics.median(ms[way]), errors.get(way, float("nan"))) for way in ways}
 
 
-def show_times():
-    """Print the twelve products as a training step computes them, and the other variants for fprop."""
+def show_products(T=16384, d=4096, ffn=11008):
+    """Print the twelve products of a 7B layer as a training step computes them, and other ways for fprop."""
     print(torch.cuda.get_device_name(), f"PyTorch {torch.__version__}, Triton {triton.__version__}", sep=", ")
-    print(f"{'':15}{'M x N x K':>22}  {'scales':20}{'error':>8}      ms  TFLOP/s  x BF16  x _scaled_mm")
+    print(f"{'':15}{'M x N x K':>22}  {'way':18}{'error':>8}      ms  TFLOP/s")
     ratios = {}
-    for name, M, N, K in layer_products():
-        fprop = name.endswith("fprop")
-        ours = "epilogue only" if fprop else "epilogue, promoted"
-        ms = time_product(M, N, K, list(VARIANTS) if fprop else [ours], fast=fprop)
-        for way, t in ms.items():
-            error = f"{error_of(way, M, N, K, 'cuda'):8.1e}" if way in VARIANTS else f"{'':8}"
-            print(f"{name:15}{f'{M} x {N} x {K}':>22}  {way:20}{error}{t:8.3f}{2e-9 * M * N * K / t:9.0f}"
-                  f"{ms['BF16'] / t:8.2f}{ms['_scaled_mm'] / t:14.2f}")
-            row = "as trained" if way == ours else way if way in ("BF16", "_scaled_mm") else f"fprop, {way}"
-            ratios.setdefault(row, []).append((ms["BF16"] / t, ms["_scaled_mm"] / t))
-    print("geometric means of all twelve, or of fprop: x BF16, x _scaled_mm (accumulates fast in fprop only)")
-    for row, pairs in ratios.items():
-        print(f"  {row:28}" + "".join(f"{statistics.geometric_mean(column):8.3f}" for column in zip(*pairs)))
+    for layer, N, K in (("qkv", 3 * d, d), ("out", d, d), ("gate_up", 2 * ffn, d), ("down", d, ffn)):
+        for pass_, shape in (("fprop", (T, N, K)), ("dgrad", (T, K, N)), ("wgrad", (N, K, T))):
+            measured = measure(*shape, fprop=pass_ == "fprop")
+            for way, (ms, error) in measured.items():
+                ratios.setdefault(way, []).append([measured[base][0] / ms for base in ("BF16", "_scaled_mm")])
+                print(f"{layer:9}{pass_:6}{'{} x {} x {}'.format(*shape):>22}  {way:18}{error:8.1e}{ms:8.3f}"
+                      f"{2e-9 * T * N * K / ms:9.0f}")
+    print("geometric means: x BF16, x _scaled_mm (which accumulates fast in fprop only)")
+    for way, pairs in ratios.items():
+        means = (f"{statistics.geometric_mean(column):8.3f}" for column in zip(*pairs))
+        print(f"  {way:18}", *means, f"  of {len(pairs)} products")
     print("-> Scaling in the loop takes FP32 instructions as long as multiplying takes the tensor cores.")
 
 
@@ -500,9 +444,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     show_sums()
     if torch.cuda.is_available() and kernels_run_on("cuda"):
-        show_times()
-    else:
-        print("Error of a product on a CPU, which sums in FP32 (times need a GPU of compute capability 9.0)")
-        for variant in VARIANTS:
-            print(f"   {variant:20}{error_of(variant, 100, 72, 2320, 'cpu'):9.1e}")
-        print("-> All variants compute the same product, of operands that were scaled in different ways.")
+        show_products()
