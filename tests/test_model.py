@@ -40,9 +40,9 @@ def tokens(B=2, T=32, vocab=64):
     return torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def gradients(model, B=2):
+def gradients(model, B=2, x=None):
     """Return the loss of one step, and the gradient of every parameter by name."""
-    x = tokens(B).to(model.embed.weight.device)
+    x = (tokens(B) if x is None else x).to(model.embed.weight.device)
     loss = model(x, x.roll(-1, dims=1))
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
@@ -55,9 +55,7 @@ def gradients(model, B=2):
                                                ("1b", 1_176_764_416)])
 def test_parameter_counts_equal_the_published_ones(preset, published):
     with torch.device("meta"):
-        model = Transformer(PRESETS[preset])
-    linear, total = m.parameter_count(model)
-    assert total == published and linear == sum(layer.weight.numel() for layer in model.linears())
+        assert sum(p.numel() for p in Transformer(PRESETS[preset]).parameters()) == published
 
 
 def with_another_mlp(model):
@@ -129,10 +127,9 @@ def test_moss_keeps_the_tensors_that_are_listed_and_no_other():
 
 def test_ranks_share_moments_and_the_weights_of_quantized_layers():
     model = Transformer(WIDE, "moss")
-    linear, total = m.parameter_count(model)
     alone, shared = (m.memory(model, 64, ranks) for ranks in (1, 4))
-    assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
-    assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
+    assert alone["weights"] - shared["weights"] == 3 * sum(layer.weight.numel() for layer in model.linears())
+    assert shared["optimizer"] == alone["optimizer"] / 4 == alone["weights"] / 2
     assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))
 
 
@@ -222,29 +219,23 @@ class SwiGLUWithHInE4M3(torch.autograd.Function):
 
 
 # SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded
-# apart: 55 dB or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more: about 25 dB
+# apart: 55 dB or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more: about 25 dB.
+# Against no FP8 at all: E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
 LAYERED = {torch.float32: 45, torch.bfloat16: 20}
-CHANGES = pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
 
 
-@CHANGES
+@pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("B, T", [(2, 32), (16, 33)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, change, monkeypatch):
-    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
+def test_fused_block_equals_the_block_layer_by_layer_and_is_as_close_to_the_unquantized_one_as_e4m3_allows(
+        dtype, B, T, change, monkeypatch):
     config = dataclasses.replace(TINY, **change)
+    exact = block_step(config, "none", dtype, B, T)
+    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
     fused, layered = (block_step(config, "moss", dtype, B, T, fused) for fused in (True, False))
     for name in layered:
         assert fused[name].dtype == layered[name].dtype, name
         assert sqnr(layered[name], fused[name]) > LAYERED[dtype], name
-
-
-@CHANGES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_is_as_close_to_the_unquantized_block_as_e4m3_allows(dtype, change):
-    config = dataclasses.replace(TINY, **change)
-    exact, fused = (block_step(config, fp8, dtype, 16, 17) for fp8 in ("none", "moss"))
-    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
         assert sqnr(exact[name], fused[name]) > 18, name
 
 
@@ -288,16 +279,14 @@ def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_t
     """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantizer sends
     more. After eight quantizers kernels and emulation differ by the noise of FP8, but must not add to it."""
     config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
-    x, seen = tokens(4, 512, 1024).to(DEVICE), {}
+    x, seen = tokens(4, 512, 1024), {}
     for name in ("none", "moss", "emulated"):
         if name == "emulated":
             for module in (gemm_kernel, microscale):
                 monkeypatch.setattr(module, "kernels_run_on", lambda device: False)
         with torch.device(DEVICE):
             model = make(config, "none" if name == "none" else "moss", device=DEVICE)
-        loss = model(x, x.roll(-1, dims=1))
-        loss.backward()
-        seen[name] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        seen[name] = gradients(model, x=x)
     assert abs(seen["moss"]["loss"] - seen["emulated"]["loss"]) < 1e-3 * seen["emulated"]["loss"]
     for name in seen["none"]:
         emulated, kernels, between = (sqnr(seen[a][name], seen[b][name]) for a, b in (
@@ -315,39 +304,41 @@ def test_wgrad_that_adds_to_the_gradient_gives_the_gradient_that_autograd_gives(
         model = make(dataclasses.replace(TINY, **change), "moss", device=DEVICE)
         for layer in model.linears():
             layer.accumulates = accumulates
-        for seed in range(3):
-            x = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-            model(x, x).backward()
-        seen.append({name: p.grad for name, p in model.named_parameters()})
+        for B in (1, 2, 3):
+            gradient = gradients(model, B)
+        seen.append(gradient)
     bound = 2**-23 if DEVICE == "cuda" else 0   # a GPU rounds once where it multiplies by a scale and adds
     for name in seen[0]:
         assert relative_error(seen[1][name], seen[0][name].double()) <= bound, name
 
 
+SHARES = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}
+
+
 @pytest.mark.parametrize("recompute", m.RECOMPUTE)
-def test_watching_the_health_of_a_fused_block_changes_no_bit(recompute):
-    watched, unwatched = (make(fp8="moss", recompute=recompute, device=DEVICE) for _ in range(2))
-    for layer in watched.linears():
-        layer.health = {}
-    a, b = gradients(watched), gradients(unwatched)
-    assert all(torch.equal(a[name], b[name]) for name in b)
+@pytest.mark.parametrize("fp8", ["group", "moss"])
+def test_what_is_watched_are_the_operands_of_wgrad_and_watching_changes_nothing(fp8, recompute, monkeypatch):
+    model, seen = make(fp8=fp8, recompute=recompute, device=DEVICE), []
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    monkeypatch.setattr(m, "shares_lost", lambda *call: seen.append(call))
+    m.watch(model, *(x.to(DEVICE) for x in (tokens(), tokens().roll(-1, dims=1))))
+    assert len(seen) == len(model.linears()) == 8
+    for (x, dy, _), layer in zip(seen, model.linears()):
+        assert sqnr(layer.weight.grad, dy.float().t() @ x.float()) > 20   # E4M3 is 31 dB
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert all(m.can_fuse(block) == (fp8 == "moss") for block in model.blocks)   # the hooks are gone
 
 
-def test_fused_block_watches_the_numbers_that_the_block_computed_layer_by_layer_watches(monkeypatch):
-    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
-    seen = {True: [], False: []}
-    for fused in seen:
-        model = make(dataclasses.replace(TINY, layers=1), "moss", device=DEVICE, gain=4)
-        model.blocks[0].fused = fused
-        for layer in model.linears():
-            layer.health = {}
-        monkeypatch.setattr(m, "fold_loss", lambda x, fmt: [seen[fused].append(x)])
-        gradients(model, B=16)   # 512 tokens
-        for layer in model.linears():
-            assert layer.health.keys() == HEALTH
-    assert len(seen[True]) == len(seen[False]) == 8   # X and dY of four layers
-    for a, b in zip(*seen.values()):
-        assert len(a) == m.WATCHED and sqnr(b, a) > LAYERED[DTYPES[0]] - 5   # dY of qkv in BF16: 20.8 dB
+
+def test_the_log_tells_what_saturates_and_what_folding_changes():
+    x, dy = (torch.randn(512, n) for n in (64, 32))
+    dy[::2] *= 2.0**-30   # next to the others these tokens become zero
+    shares = m.shares_lost(x, dy, RECIPES["moss"])
+    assert shares.keys() == SHARES
+    assert shares["folded_wgrad"] == pytest.approx(0.5, abs=0.01) and shares["folded_grad"] < 0.01
+    assert shares["saturated"] == shares["saturated_grad"] == 0 <= shares["folded"] < 0.01
+    shares = m.shares_lost(x, dy, RECIPES["mx"])   # whose rule cuts off what is beyond 448 of 512
+    assert shares.keys() == {"saturated", "saturated_grad"} and shares["saturated"] > 0.001
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -409,27 +400,19 @@ def test_loss_of_the_model_is_the_cross_entropy_of_its_logits(tied, monkeypatch)
         assert relative_error(p.grad, q.grad) < 1e-5, name   # rounding of float32
 
 
+@pytest.mark.parametrize("training", [True, False])
 @torch.compiler.set_stance("force_eager")   # what is compiled makes its tensors unseen
-def test_logits_of_all_tokens_never_exist_in_float32(monkeypatch):
+def test_logits_of_all_tokens_exist_only_for_a_gradient_and_never_in_float32(training, monkeypatch):
     inputs = head_inputs(torch.bfloat16, monkeypatch)
-    with Largest() as largest:
-        m.head_loss(*inputs).backward()
-    assert largest.of[torch.float32] == 24 * 50 and largest.of[torch.bfloat16] == 70 * 50
-
-
-@torch.compiler.set_stance("force_eager")
-def test_loss_without_gradient_makes_no_gradient_of_the_logits(monkeypatch):
-    inputs = head_inputs(torch.bfloat16, monkeypatch)
-    with Largest() as largest, torch.no_grad():
-        m.head_loss(*inputs)
-    assert largest.of[torch.bfloat16] == 24 * 50
+    with Largest() as largest, torch.set_grad_enabled(training):
+        loss = m.head_loss(*inputs)
+        if training:
+            loss.backward()
+    assert largest.of[torch.float32] == 24 * 50 and largest.of[torch.bfloat16] == (70 if training else 24) * 50
 
 
 # ---------------------------------------------------------------------------------------------------
 # Recipes in the model
-
-HEALTH = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}
-
 
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
 def test_fp8_changes_loss_and_gradients_by_little(fp8):
@@ -456,19 +439,29 @@ def test_initial_weights_are_the_same_under_every_recipe():
     ({"heads": 0}, (), "heads = 0"), ({"layers": 0}, (), "layers = 0"), ({"ffn": -96}, (), "ffn = -96"),
     ({"norm": "batch"}, (), "'batch'"), ({}, ("fp4",), "'fp4'.*none, tensor, group, mx, moss"),
     ({}, ("moss", "act"), "'act'.*none, block"),
-    ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: out = 200 .* multiple of 16, .*--fp8 moss")], ids=str)
+    ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: .*out = 200 .* multiple of 16, .*--fp8 moss")], ids=str)
 def test_impossible_models_are_refused_by_name(change, options, message):
     with pytest.raises(ValueError, match=message):
         Transformer(dataclasses.replace(TINY, **change), *options)
 
 
-def test_targets_that_do_not_fit_the_tokens_are_refused():
-    x, model = tokens(), make()
-    for targets in (x[:, :8], x.t(), x.flatten(), x.int(), x.to("meta")):
-        with pytest.raises(ValueError, match="targets"):
-            model(x, targets)
-    with pytest.raises(ValueError, match="targets"):
-        m.head_loss(torch.randn(8, 64), model.head.weight, x[0, :7])
+REFUSED = {   # calls of a model: what is wrong
+    "33 tokens.*at most 32": [lambda model: model(tokens(1, 33))],
+    "targets": [lambda model, y=y: model(tokens(), y) for y in (
+        tokens()[:, :8], tokens().t(), tokens().flatten(), tokens().int(), tokens().to("meta"))],
+    "5 tokens, temperature -1.0": [lambda model: model.generate(tokens(1, 5), 3, -1.0)],
+    "5 tokens, temperature nan": [lambda model: model.generate(tokens(1, 5), 3, float("nan"))],
+    "0 tokens, temperature 1.0": [lambda model: model.generate(tokens(1, 0), 3, 1.0)],
+    "second derivative": [lambda model: torch.autograd.grad(
+        model(tokens(), tokens()), model.embed.weight, create_graph=True)]}
+
+
+@pytest.mark.parametrize("fp8", ["none", "moss"])
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_model_cannot_compute_is_refused(message, fp8):
+    for call in REFUSED[message]:
+        with pytest.raises(RuntimeError if "derivative" in message else ValueError, match=message):
+            call(make(fp8=fp8))
 
 
 @pytest.mark.parametrize("fp8", RECIPES)
@@ -478,37 +471,6 @@ def test_no_tokens_give_no_logits_and_no_gradient(fp8, shape):
     y = model(x)
     y.sum().backward()
     assert y.shape == (*shape, 64) and not any(p.grad.any() for p in model.parameters())
-
-
-@pytest.mark.parametrize("fp8", ["none", "moss"])
-def test_a_second_derivative_of_the_loss_is_an_error(fp8):
-    model = make(fp8=fp8)
-    loss = model(tokens(), tokens())
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(loss, model.embed.weight, create_graph=True)
-
-
-def test_health_is_counted_only_while_it_is_watched():
-    model = make(fp8="moss")
-    model(tokens())
-    assert all(layer.health is None for layer in model.linears())
-    for layer in model.linears():
-        layer.health = {}
-    model(tokens(), tokens()).backward()
-    for layer in model.linears():
-        assert layer.health["saturated"] == layer.health["saturated_grad"] == 0
-        assert 0 <= layer.health["folded"] < 0.05 and 0 <= layer.health["folded_grad"] < 0.5
-
-
-def test_the_log_tells_what_the_fold_across_tokens_changes():
-    layer = Linear(64, 32, RECIPES["moss"], "one")
-    layer.requantize()
-    layer.health = {}
-    x, dy = (torch.randn(512, n) for n in (64, 32))
-    dy[:256:2] *= 2.0**-30   # half of the tokens that are watched: next to the others they become zero
-    layer(x).backward(dy)
-    assert layer.health.keys() == HEALTH
-    assert layer.health["folded_wgrad"] == pytest.approx(0.5, abs=0.01) and layer.health["folded_grad"] < 0.01
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -532,10 +494,6 @@ def new_parameter_in_old_memory(model, layer):
         nn.init.ones_(layer.weight)
 
 
-def assign(model, layer):
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-
-
 CHANGES_OF_A_WEIGHT = {
     "AdamW": step_of(torch.optim.AdamW), "foreach": step_of(torch.optim.AdamW, foreach=True),
     "fused": step_of(torch.optim.AdamW, fused=True), "fused SGD": step_of(torch.optim.SGD, fused=True),
@@ -543,11 +501,12 @@ CHANGES_OF_A_WEIGHT = {
     "new parameter": lambda model, layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
     "new parameter in old memory": new_parameter_in_old_memory, "new memory twice": new_memory_twice,
     "vector": lambda model, layer: nn.utils.vector_to_parameters(torch.ones(64 * 64), [layer.weight]),
-    "loaded": lambda model, layer: model.load_state_dict(model.state_dict()), "assigned": assign,
+    "loaded": lambda model, layer: model.load_state_dict(model.state_dict()),
+    "assigned": lambda model, layer: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "loaded in part": lambda model, layer: layer.load_state_dict(layer.state_dict()),
     "other dtype and back": lambda model, layer: model.bfloat16().float(),
     "parametrized": lambda model, layer: nn.utils.parametrizations.weight_norm(layer),
-    "never made": lambda model, layer: setattr(layer, "copies", None)}
+    "never made": lambda model, layer: setattr(layer, "made_of", None)}
 
 
 @pytest.mark.parametrize("fp8", ["moss", "group"])
@@ -608,19 +567,16 @@ def test_a_model_made_without_memory_computes_once_it_has_weights(assign):
 # Forks
 
 def test_blocks_of_all_recipes_work_in_one_model():
-    model, scale = make(dataclasses.replace(TINY, layers=len(RECIPES)), "moss"), torch.tensor(1e-3)
+    model = make(dataclasses.replace(TINY, layers=len(RECIPES)), "moss")
     for i, recipe in enumerate(RECIPES.values()):
         torch.manual_seed(i)
         model.blocks[i] = Block(model.config, recipe, f"blocks.{i}", m.RECOMPUTE[i % 2])
     for layer in model.linears():
-        layer.requantize(scale)   # only for recipes with one scale per weight
-        layer.health = {} if layer.recipe else None
+        layer.requantize(torch.tensor(1e-3))   # only for recipes with one scale per weight
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-    assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == scale
-    for layer in model.linears():
-        by_row = layer.recipe and layer.recipe.act_block == (1, ALL)
-        expected = HEALTH if by_row else {"saturated", "saturated_grad"} if layer.recipe else None
-        assert layer.health == expected or layer.health.keys() == expected
+    assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == 1e-3
+    keys = [shares.keys() for shares in m.watch(model, tokens(), tokens())]
+    assert keys == 3 * 4 * [{"saturated", "saturated_grad"}] + 4 * [SHARES]
 
 
 def test_a_block_made_by_a_fork_has_initial_weights():
@@ -669,15 +625,6 @@ def test_only_the_recipe_that_the_fused_functions_compute_is_fused(change, monke
     assert not make(fp8="moss").blocks[0].fused
 
 
-# ---------------------------------------------------------------------------------------------------
-# Text
-
-@pytest.mark.parametrize("fp8", ["none", "moss"])
-def test_a_sequence_longer_than_the_models_is_refused(fp8):
-    with pytest.raises(ValueError, match="33 tokens.*at most 32"):
-        make(fp8=fp8)(torch.zeros(1, 33, dtype=torch.long, device=DEVICE))
-
-
 def test_a_text_longer_than_the_longest_sequence_goes_on():
     text = make().generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
     assert text.shape == (1, 90) and torch.equal(text[:, :40], tokens(1, 40))
@@ -690,9 +637,3 @@ def test_temperature_zero_takes_the_likeliest_token():
         text = torch.cat((text, model(text)[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(model.generate(tokens(1, 5), 6, temperature=0), text)
     assert torch.equal(model.generate(text, 0), text)
-
-
-@pytest.mark.parametrize("T, temperature", [(5, -1.0), (5, float("nan")), (0, 1.0)])
-def test_texts_that_cannot_be_generated_are_refused(T, temperature):
-    with pytest.raises(ValueError, match=f"{T} tokens, temperature {temperature}"):
-        make().generate(tokens(1, T), 3, temperature)
