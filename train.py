@@ -273,9 +273,9 @@ def learning_rate(step, c):
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def forward_backward(model, batches, step, c, ranks, shards=None):
+def forward_backward(model, batches, step, c, ranks, shards=None, watching=None):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks. Return this rank's
-    share of the mean loss."""
+    share of the mean loss. What the layers lose in the last micro-batch is added to the list `watching`."""
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
@@ -289,6 +289,8 @@ def forward_backward(model, batches, step, c, ranks, shards=None):
             loss = model(tokens, targets)
             (loss / len(mine)).backward()   # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
+    if watching is not None and c.fp8 != "none":
+        watching += watch(getattr(model, "module", model), tokens, targets)
     return loss_sum
 
 
@@ -347,12 +349,11 @@ def loop(run, log):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards)
-        health = {}
-        if logging:
-            health = scale_health(model, run.scales, *run.batches.step(step, ranks.rank, device), shards)
+        shares = [] if logging else None
+        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=shares)
         if device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(step + 1, ranks.rank, device)
+        health = scale_health(model, run.scales, shares, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
         # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of
         # a checkpoint: the one wait for the GPU in a step.
@@ -483,9 +484,9 @@ def prepare(c, ranks, saved=None):
 # ------------------------------------------------------------------------------------------------------------
 # What is watched
 
-def scale_health(model, scales, tokens, targets, shards=None):
-    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the mean shares
-    of values that saturate or that folding changes (model.py)."""
+def scale_health(model, scales, records, shards=None):
+    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the means of
+    what `watch` has recorded of each layer."""
     health = {}
     if scales is not None:
         ratio = scales.headroom()
@@ -493,7 +494,6 @@ def scale_health(model, scales, tokens, targets, shards=None):
         ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
         most, minus_least = (all_reduce(ends, dist.ReduceOp.MAX) if shards else ends).tolist()
         health.update(scale_ratio=most, scale_ratio_min=-minus_least)
-    records = watch(model, tokens, targets) if model.recipe else []
     for key in dict.fromkeys(key for record in records for key in record):
         health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
     return health
