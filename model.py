@@ -8,19 +8,16 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
                       x = x + down(silu(gate(norm2(x))) * up(norm2(x)))     linear layers: gate_up, down
     logits = head(norm(x))
 
-A recipe (microscale.py) quantizes the four linear layers of every block. In OLMo-7B they hold 94% of the
-parameters and do 93% of the arithmetic. Embedding, norms, attention and head stay in BF16 (FP32 on a CPU).
-The optimizer sees FP32 weights.
+A recipe (microscale.py) quantizes the four linear layers of every block: in OLMo-7B 94% of the parameters
+and 93% of the arithmetic. The rest stays in BF16 (FP32 on a CPU). The optimizer sees FP32 weights.
 
 Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
-`moss` computes the same block with three fused functions ("The dataflow of moss" below). There the kernel
+`moss` computes the same block with two fused functions ("The dataflow of moss" below). There the kernel
 that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8, the inputs of the
-linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output. (`none`
-saves all of these, q and k before RoPE and silu(gate) in BF16.)
+linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +26,11 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
-from fp8_formats import E4M3, FORMATS, cast, format_of, uncast
+from fp8_formats import E4M3, FORMATS, cast, uncast
 from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, fold_loss, quantize, quantize_norm,
-                        quantize_swiglu, quantize_swiglu_gradient, quantize_weight, rope, rope_into,
-                        saturated_share, stores_e8m0, swiglu, swiglu_gradient)
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, check_name, fold_loss, quantize,
+                        quantize_norm, quantize_swiglu, quantize_swiglu_gradient, quantize_weight, rope,
+                        rope_into, saturated_share, swiglu)
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,14 @@ class ModelConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self):
-        for name in ("vocab", "seq", "d", "layers", "heads", "ffn", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)} is not possible: it must be larger than 0")
-        kv_heads = self.kv_heads or self.heads
-        for name, value, divisor in (("d", self.d, 2 * self.heads), ("heads", self.heads, kv_heads)):
-            if divisor < 0 or value % divisor:
-                raise ValueError(f"{name} = {value} must be a multiple of {divisor}: choose another {name}, "
-                                 f"heads or kv_heads (heads {self.heads}, kv_heads {kv_heads})")
-        if self.norm not in ("rms", "layer"):
-            raise ValueError(f"norm {self.norm!r} is unknown: choose 'rms' or 'layer'")
+        check_name("norm", self.norm, ("rms", "layer"))
+        for name, value in vars(self).items():
+            if name not in ("kv_heads", "norm", "tied") and not value > 0:
+                raise ValueError(f"{name} = {value} is not possible: it must be larger than 0")
+        for name, divisor in (("d", 2 * self.heads), ("heads", self.kv_heads or self.heads)):
+            if divisor < 0 or getattr(self, name) % divisor:
+                raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of {divisor}: choose "
+                                 f"another {name}, heads {self.heads} or kv_heads {self.kv_heads}")
 
     head_dim = property(lambda self: self.d // self.heads)
     kv_dim = property(lambda self: (self.kv_heads or self.heads) * self.head_dim)
@@ -77,41 +72,35 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------------
-# Layers
+# The layers, the loss and the decoder
 
 # torch.compile fuses what has no kernel of ours. torch.compiler.set_stance("force_eager") switches it off.
-compiled = partial(torch.compile, dynamic=False) if torch.cuda.is_available() else lambda function: function
+compiled = torch.compile(dynamic=False) if torch.cuda.is_available() else lambda function: function
 
 
 class Linear(nn.Module):
     """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight.
 
     `requantize` makes two FP8 copies of W, once per optimizer step. Copies of a weight that has changed since
-    are refused. PyTorch does not count a change in place through `.data`, as in weight.data.mul_(2): that one
-    is not noticed.
+    are refused. (A change that PyTorch does not count, as in weight.data.mul_(2), is not noticed.)
     """
 
     def __init__(self, d_in, d_out, recipe, name, std=0.02):
         super().__init__()
-        for axis, size in (("in", d_in), ("out", d_out)):
-            if recipe and size % 16:
-                raise ValueError(f"layer {name}: {axis} = {size} is no multiple of 16, which --fp8 {recipe} "
-                                 f"needs: change d, ffn or the heads, or train with --fp8 none")
+        if recipe and (d_in % 16 or d_out % 16):
+            raise ValueError(f"layer {name}: in = {d_in}, out = {d_out} are not both a multiple of 16, which "
+                             f"--fp8 {recipe} needs: change d, ffn or the heads, or train with --fp8 none")
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         if std:
             nn.init.normal_(self.weight, std=std)
         self.name, self.recipe = name, recipe
         self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
-        self.health = None         # a dict while the log watches this layer's scales
 
     def forward(self, x):
         if not self.recipe or not x.numel():
             return F.linear(x, self.weight.to(x.dtype))
-        y = fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
-        if self.health is not None:
-            watch_layer(self, x.detach().flatten(0, -2), y)
-        return y
+        return fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
 
     def requantize(self, scale=None):
         """Make the FP8 copies. `scale` () float32 is for recipes with one per weight. None: measure it."""
@@ -126,10 +115,8 @@ class Linear(nn.Module):
         self.copies, self.made_of = copies, (w, w.detach(), w._version)
 
     def is_current(self):
-        """Return whether the copies are there, and were made of the weight as it is now."""
-        if self.copies is None:
-            return False
-        w, memory, version = self.made_of
+        """Return whether the copies were made of the weight as it is now."""
+        w, memory, version = self.made_of or (None, None, None)
         return w is self.weight and w.data_ptr() == memory.data_ptr() and w._version == version
 
     @torch.compiler.disable
@@ -196,20 +183,63 @@ def attention(q, k, v):
     return y.transpose(1, 2).flatten(2)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The decoder
+@compiled
+def loss_and_gradient_(logits, targets, count):
+    """Return the sum of -log p[target] of logits (T, vocab); overwrite these with (p - onehot) / count."""
+    z = logits.float()
+    log_sum = z.logsumexp(-1, keepdim=True)
+    loss = (log_sum - z.gather(1, targets[:, None])).sum()
+    hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
+    logits.copy_(((z - log_sum).exp() - hit.float()) / count)
+    return loss
+
+
+class HeadLoss(torch.autograd.Function):
+    """Compute the mean cross-entropy of x W^T, of x (T, d), W (vocab, d) and targets (T), in FP32 for `CHUNK`
+    tokens at a time. Their gradient overwrites their logits: of 16384 tokens and 50304 words it keeps 1.5 GiB
+    in BF16, where PyTorch's cross-entropy keeps 9 GiB in FP32."""
+    CHUNK = 4096
+
+    @staticmethod
+    @torch.compiler.disable(recursive=False)
+    def forward(ctx, x, weight, targets, training):
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
+        logits = x.new_empty(len(x) if training else min(len(x), HeadLoss.CHUNK), len(w))
+        for i in range(0, len(x), HeadLoss.CHUNK):
+            rows, at = x[i:i + HeadLoss.CHUNK], i if training else 0
+            part = torch.mm(rows, w.t(), out=logits[at:at + len(rows)])
+            total += loss_and_gradient_(part, targets[i:i + len(rows)], len(x))
+        ctx.save_for_backward(x, weight, logits)
+        return total / len(x)
+
+    @staticmethod
+    @torch.compiler.disable(recursive=False)
+    def backward(ctx, dloss):
+        if torch.is_grad_enabled():   # create_graph=True
+            raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take "
+                               "that of the logits which a model without targets returns, under --fp8 none")
+        x, weight, gradient = ctx.saved_tensors
+        dw = (gradient.t() @ x).to(weight.dtype) * dloss
+        dx = (gradient @ weight.to(x.dtype)).float() * dloss   # BF16 x dloss rounds dloss, too: 1/3 by 0.2%
+        return dx.to(x.dtype), dw, None, None
+
+
+@torch.compiler.disable(recursive=False)   # a model that is compiled whole leaves this as it is
+def head_loss(x, weight, targets):
+    """Return the loss of x (..., d). ValueError unless targets (...) are int64, one for each token."""
+    if (targets.shape, targets.dtype, targets.device) != (x.shape[:-1], torch.int64, x.device):
+        raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype} on {targets.device}: one for each "
+                         f"token is needed, {tuple(x.shape[:-1])}, torch.int64 on {x.device}")
+    return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), torch.is_grad_enabled())
+
 
 class Block(nn.Module):
-    """Compute x = x + out(attention(rope(qkv(norm1(x))))), then x = x + down(swiglu(gate_up(norm2(x)))).
-
-    recipe: that of its linear layers, None for high precision. The blocks of a model may have different ones.
-    recompute = "block": only x is saved, and the backward pass computes the block again.
-    """
+    """Compute a block. The blocks of a model may have different recipes; None is high precision.
+    recompute = "block": only x is saved, and the backward pass computes the block again."""
 
     def __init__(self, config, recipe, name, recompute):
         super().__init__()
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute {recompute!r} is unknown: choose one of {', '.join(RECOMPUTE)}")
+        check_name("recompute", recompute, RECOMPUTE)
         self.config, self.recompute, self.fused = config, recompute, recipe == FUSED
         self.norm1, self.norm2 = Norm(config), Norm(config)
         small = 0.02 / (2 * config.layers) ** 0.5   # for the layers that write to the residual stream
@@ -237,8 +267,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config, fp8="none", recompute="none"):
         super().__init__()
-        if fp8 not in RECIPES:
-            raise ValueError(f"recipe {fp8!r} is unknown: choose one of {', '.join(RECIPES)}")
+        check_name("recipe", fp8, RECIPES)
         self.config, self.recipe, self.recompute = config, RECIPES[fp8], recompute
         self.embed = nn.Embedding(config.vocab, config.d)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -255,11 +284,7 @@ class Transformer(nn.Module):
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
 
     def forward(self, tokens, targets=None):
-        """Return logits (B, T, vocab) of tokens (B, T), with targets (B, T) the mean loss in nats per token.
-
-        Raises ValueError for too many tokens and for targets that do not fit them, RuntimeError where FP8
-        copies of weights are missing or out of date.
-        """
+        """Return logits (B, T, vocab) of tokens (B, T); with targets (B, T), the mean loss in nats."""
         T, c = tokens.shape[1], self.config
         if T > c.seq:
             raise ValueError(f"{T} tokens: this model reads at most {c.seq}, its config.seq")
@@ -275,20 +300,16 @@ class Transformer(nn.Module):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
     def generate(self, tokens, count, temperature=0.8, generator=None):
-        """Return tokens (1, T) and `count` more, sampled one at a time; temperature 0 takes the likeliest.
-
-        Each is read off the logits of all tokens before it, of the last config.seq at most. Raises ValueError
-        for an empty prompt and for a negative temperature.
-        """
+        """Return tokens (1, T) and `count` more, each sampled after the last config.seq tokens before it;
+        temperature 0 takes the likeliest."""
         if not tokens.shape[1] or not temperature >= 0:
             raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: it takes at least one "
                              f"token to begin with, and a temperature of 0 or more")
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq:])[:, -1].float()
+            new = logits.argmax(-1, keepdim=True)
             if temperature:
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                new = logits.argmax(-1, keepdim=True)
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
@@ -296,18 +317,16 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # The dataflow of moss
 
-# This is the recipe that the functions below compute. Blocks with any other recipe run layer by layer, and so
-# do all blocks after a fork has changed RECIPES["moss"].
+# The recipe that the functions below compute. Blocks with any other run layer by layer
 FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
 
 
 def can_fuse(block):
     """Return False where fused functions would pass over a fork's change: other modules, recipes, hooks."""
-    parts = list(block.children())
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                 for m in parts)
-    return (block.fused and not hooked and {type(m) for m in parts} == {Linear, Norm}
-            and all(m.recipe == FUSED for m in parts if type(m) is Linear))
+    def plain(m):
+        hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        return not hooked and (type(m) is Norm or type(m) is Linear and m.recipe == FUSED)
+    return block.fused and all(plain(m) for m in block.children())
 
 
 def fused_block(block, x, cos, sin):
@@ -315,10 +334,8 @@ def fused_block(block, x, cos, sin):
     (B, T, d), c = x.shape, block.config
     q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, c)
     y = attention(q, k, v).view(B * T, d)
-    x = LinearResidual.apply(y, x.reshape(B * T, d), block.out.weight, block.out)
-    x = NormSwiGLUResidual.apply(x, block.norm2.weight, block.gate_up.weight, block.down.weight,
-                                 block.gate_up, block.down, c.norm)
-    return x.view(B, T, d)
+    weights = (m.weight for m in (block.norm2, block.out, block.gate_up, block.down))
+    return OutNormSwiGLU.apply(x.reshape(B * T, d), y, *weights, block).view(B, T, d)
 
 
 class NormQKV(torch.autograd.Function):
@@ -331,7 +348,7 @@ class NormQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, weight, cos, sin, layer, config):
         kv_heads = config.kv_dim // config.head_dim
-        x_q = quantize_input(x.flatten(0, 1), layer, config.norm, norm_weight)          # (B T, d)
+        x_q = quantize_input(x.flatten(0, 1), config.norm, norm_weight)                 # (B T, d)
         qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
         qk = qkv[:, :, :-kv_heads]
         rope_into(qk, qk, cos, sin)
@@ -343,9 +360,8 @@ class NormQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
         (x, norm_weight, cos, sin, *x_q), layer = ctx.saved_tensors, ctx.layer
-        dqkv = qkv_gradient(dq, dk, dv, cos, sin)                                     # (B T, d + 2 kv_dim)
-        dx, dw = linear_backward(quantize_norm(dqkv, "none"), Quantized(*x_q, (1, ALL)), layer, x.dtype,
-                                 lambda: dqkv)
+        dy_q = quantize_norm(qkv_gradient(dq, dk, dv, cos, sin), "none")              # (B T, d + 2 kv_dim)
+        dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), layer, x.dtype)
         dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, ctx.kind, residual.flatten(0, 1))
         return dx.view_as(x), d_norm, dw, None, None, None, None
 
@@ -362,72 +378,48 @@ def qkv_gradient(dq, dk, dv, cos, sin):
     return dqkv.view(B * T, -1)
 
 
-class LinearResidual(torch.autograd.Function):
-    """Compute residual (T, N) + x W^T of x (T, K). Saved for the backward pass: x in FP8."""
+class OutNormSwiGLU(torch.autograd.Function):
+    """Compute x = x + out(y), then x + down(silu(gate(norm(x))) * up(norm(x))), of x, y (T, d).
 
-    @staticmethod
-    def forward(ctx, x, residual, weight, layer):
-        x_q = quantize_input(x, layer)
-        ctx.save_for_backward(x_q.data, x_q.scale)
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return matmul(x_q, layer.w, x.dtype, add=residual)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dy_q, x_q = quantize_norm(dy, "none"), Quantized(*ctx.saved_tensors, (1, ALL))
-        dx, dw = linear_backward(dy_q, x_q, ctx.layer, ctx.dtype, lambda: dy)
-        return dx, dy, dw, None
-
-
-class NormSwiGLUResidual(torch.autograd.Function):
-    """Compute x + down(silu(gate(norm(x))) * up(norm(x))) of x (T, d): the second half of a block.
-
-    It is one function because autograd passes gradients in BF16 from one function to the next. In here, the
-    kernel that computes the gradient of [gate, up] writes FP8, and two products read it.
-    Saved for the backward pass: x, and in FP8 norm(x), [gate, up] and silu(gate) * up.
+    It is one function because the gradient of [gate, up] is FP8, and between functions autograd passes BF16.
+    Saved for the backward pass: x + out(y), and in FP8 y, norm(x), [gate, up] and silu(gate) * up.
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, gate_up_weight, down_weight, gate_up, down, kind):
-        x_q = quantize_input(x, gate_up, kind, norm_weight)
-        h = matmul(x_q, gate_up.w, x.dtype)                                           # (T, 2 ffn)
+    def forward(ctx, x, y, norm_weight, out_weight, gate_up_weight, down_weight, block):
+        y_q = quantize_norm(y, "none")
+        x = matmul(y_q, block.out.w, x.dtype, add=x)
+        x_q = quantize_input(x, block.config.norm, norm_weight)
+        h = matmul(x_q, block.gate_up.w, x.dtype)                                     # (T, 2 ffn)
         a_q, h_q = quantize_swiglu(h)                                                 # (T, ffn), (T, 2 ffn)
-        watch(down, lambda: swiglu(h[:WATCHED].float()))
-        ctx.save_for_backward(x, norm_weight, x_q.data, x_q.scale, h_q.data, h_q.scale, a_q.data, a_q.scale)
-        ctx.layers, ctx.kind = (gate_up, down), kind
-        return matmul(a_q, down.w, x.dtype, add=x)
+        ctx.save_for_backward(x, norm_weight, *(t for q in (y_q, x_q, h_q, a_q) for t in (q.data, q.scale)))
+        ctx.block = block
+        return matmul(a_q, block.down.w, x.dtype, add=x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        (x, norm_weight, *saved), (gate_up, down) = ctx.saved_tensors, ctx.layers
-        x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
-        da, dw_down = linear_backward(quantize_norm(dy, "none"), a_q, down, x.dtype, lambda: dy)
+    def backward(ctx, dz):
+        (x, norm_weight, *saved), block = ctx.saved_tensors, ctx.block
+        y_q, x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4, 6))
+        da, dw_down = linear_backward(quantize_norm(dz, "none"), a_q, block.down, x.dtype)
         dh_q = quantize_swiglu_gradient(h_q, da)                                      # (T, 2 ffn)
-        dx, dw_gate_up = linear_backward(dh_q, x_q, gate_up, x.dtype, lambda: swiglu_gradient(
-            Quantized(h_q.data[:WATCHED], h_q.scale[:WATCHED], (1, ALL)).dequantize(), da[:WATCHED]))
-        return *norm_backward(dx, x, norm_weight, ctx.kind, dy), dw_gate_up, dw_down, None, None, None
+        dx, dw_gate_up = linear_backward(dh_q, x_q, block.gate_up, x.dtype)
+        dx, d_norm = norm_backward(dx, x, norm_weight, block.config.norm, dz)
+        dy, dw_out = linear_backward(quantize_norm(dx, "none"), y_q, block.out, x.dtype)
+        return dx, dy, d_norm, dw_out, dw_gate_up, dw_down, None
 
 
-def quantize_input(x, layer, kind="none", norm_weight=None):
-    """Return Quantized norm(x) of x (T, width), which `layer` reads: one power of two per token."""
-    weight = None if norm_weight is None else norm_weight.to(x.dtype)   # rounded as Norm rounds it
-    watch(layer, lambda: NORMS[kind](x[:WATCHED].float(), None if weight is None else weight.float()))
-    return quantize_norm(x, kind, weight)
+def quantize_input(x, kind, norm_weight):
+    """Return Quantized norm(x) of x (T, d), one power of two per token. The weight is rounded as by Norm."""
+    return quantize_norm(x, kind, None if norm_weight is None else norm_weight.to(x.dtype))
 
 
-def linear_backward(dy, x, layer, dtype, dy_rows):
-    """Return dX (T, K) and dW (N, K) of a layer, of Quantized dY (T, N) and X (T, K).
-
-    dW is None if the weight is frozen, or if wgrad has added it to weight.grad itself: that moves 8 bytes per
-    weight, not 16. dy_rows() returns the first rows of dY before quantizing; only the log calls it.
-    """
-    watch(layer, dy_rows, "_grad")
+def linear_backward(dy, x, layer, dtype):
+    """Return dX (T, K) and dW (N, K) of Quantized dY (T, N) and X (T, K). dW is None if the weight is frozen,
+    or if wgrad has added it to weight.grad itself: that moves 8 bytes per weight, not 16."""
     dx = matmul(dy, layer.w_t, dtype, promote=True)
     if not layer.weight.requires_grad:
         return dx, None
-    watch_wgrad(layer, dy, x)
     grad = layer.weight.grad if layer.accumulates else None
     dw = matmul(*transpose_for_wgrad(dy, x), layer.weight.dtype, promote=True, add=grad, out=grad)
     return dx, dw if grad is None else None
@@ -454,119 +446,42 @@ def norm_backward(dy, x, weight, kind, d_residual):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The loss
+# What is watched and counted
 
-@compiled
-def loss_and_gradient_(logits, targets, count):
-    """Return the sum of -log p[target] of logits (T, vocab); overwrite these with (p - onehot) / count."""
-    z = logits.float()
-    log_sum = z.logsumexp(-1, keepdim=True)
-    loss = (log_sum - z.gather(1, targets[:, None])).sum()
-    hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    logits.copy_(((z - log_sum).exp() - hit.float()) / count)
-    return loss
-
-
-# Rounds once. x * factor rounds the factor to BF16, too, on a GPU: 1/3 is then off by 0.2%.
-scaled = compiled(lambda x, factor: (x.float() * factor).to(x.dtype))
+def shares_lost(x, dy, recipe):
+    """Return the shares of X (T, K) and ("_grad") of dY (T, N) that saturate, and that folding blocks of 32
+    into a scale per token changes; and ("folded_wgrad") of FP8 dY, that the fold across tokens changes."""
+    fmt = FORMATS[recipe.grad_format]
+    x_q, dy_q = (quantize(z, f, recipe.act_block, recipe.rule) for z, f in ((x, E4M3), (dy, fmt)))
+    shares = {"saturated": saturated_share(x, x_q), "saturated_grad": saturated_share(dy, dy_q)}
+    if recipe.act_block == (1, ALL):
+        exact = uncast(dy_q.data) * wgrad_factor(dy_q, x_q)[0]
+        shares |= {"folded": fold_loss(x)[0], "folded_grad": fold_loss(dy, fmt)[0],
+                   "folded_wgrad": (uncast(cast(exact, fmt)) != exact).float().mean()}
+    return shares
 
 
-class HeadLoss(torch.autograd.Function):
-    """Compute the mean cross-entropy of x W^T, of x (T, d), W (vocab, d) and targets (T).
-
-    It does so in FP32 for `CHUNK` tokens at a time, and overwrites their logits with their gradient. Of 16384
-    tokens and 50304 words it keeps 1.5 GiB in BF16, where PyTorch's cross-entropy keeps 9 GiB in FP32.
-    """
-    CHUNK = 4096
-
-    @staticmethod
-    @torch.compiler.disable(recursive=False)
-    def forward(ctx, x, weight, targets, training):
-        w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
-        logits = x.new_empty(len(x) if training else min(len(x), HeadLoss.CHUNK), len(w))
-        for i in range(0, len(x), HeadLoss.CHUNK):
-            rows = x[i:i + HeadLoss.CHUNK]
-            part = logits[i:i + len(rows)] if training else logits[:len(rows)]
-            torch.mm(rows, w.t(), out=part)
-            total += loss_and_gradient_(part, targets[i:i + len(rows)], len(x))
-        ctx.save_for_backward(x, weight, logits)
-        return total / len(x)
-
-    @staticmethod
-    @torch.compiler.disable(recursive=False)
-    def backward(ctx, dloss):
-        if torch.is_grad_enabled():   # create_graph=True
-            raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take "
-                               "that of the logits which a model without targets returns, under --fp8 none")
-        x, weight, gradient = ctx.saved_tensors
-        dw = (gradient.t() @ x).to(weight.dtype) * dloss
-        return scaled(gradient @ weight.to(x.dtype), dloss), dw, None, None
-
-
-@torch.compiler.disable(recursive=False)   # a model that is compiled whole leaves this as it is
-def head_loss(x, weight, targets):
-    """Return the loss of x (..., d). ValueError unless targets (...) are int64, one for each token."""
-    if (targets.shape, targets.dtype, targets.device) != (x.shape[:-1], torch.int64, x.device):
-        raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype} on {targets.device}: one for each "
-                         f"token is needed, {tuple(x.shape[:-1])}, torch.int64 on {x.device}")
-    training = torch.is_grad_enabled()   # inside of an autograd function it is always off
-    return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), training)
-
-
-# ---------------------------------------------------------------------------------------------------
-# What the log says about the scales of a layer
-
-WATCHED = 256   # the first rows of X and dY are looked at
-
-
-def watch(layer, rows, suffix=""):
-    """Record which share of X, or with suffix "_grad" of dY, saturates, and which share folding rows changes.
-
-    rows() returns X or dY (T, width) before quantizing. (In dY of gate_up folding changes a few values more,
-    because quantize_swiglu_gradient takes its scales from a bound.)
-    """
-    if layer.health is not None:
-        x, r = rows()[:WATCHED].float(), layer.recipe
-        fmt = FORMATS[r.grad_format] if suffix else E4M3
-        layer.health["saturated" + suffix] = saturated_share(x, quantize(x, fmt, r.act_block, r.rule))
-        if r.act_block == (1, ALL):
-            layer.health["folded" + suffix] = fold_loss(x, fmt)[0]
-
-
-def watch_wgrad(layer, dy, x):
-    """Record which share of Quantized dY (T, N) is changed by the fold across tokens that wgrad needs."""
-    if layer.health is not None:
-        factor, _ = wgrad_factor(dy, x)
-        folded = uncast(dy.data[:WATCHED]) * factor[:WATCHED]
-        layer.health["folded_wgrad"] = (uncast(cast(folded, format_of(dy.data))) != folded).float().mean()
-
-
-def watch_layer(layer, x, y):
-    """Record the same of a layer that is not fused, with input x (T, K) and output y."""
-    def watch_gradient(dy):
-        dy, r = dy.flatten(0, -2), layer.recipe
-        watch(layer, lambda: dy, "_grad")
-        if r.act_block == (1, ALL) and layer.weight.requires_grad:
-            watch_wgrad(layer, *(quantize(z, fmt, r.act_block, r.rule)
-                                 for z, fmt in ((dy, FORMATS[r.grad_format]), (x, E4M3))))
-    watch(layer, lambda: x)
-    if y.requires_grad:
-        y.register_hook(watch_gradient)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Counting, from the layers of a model. Models made under torch.device("meta") take no memory
-
-def parameter_count(model):
-    """Return (parameters in the linear layers of the blocks, all parameters)."""
-    return sum(layer.weight.numel() for layer in model.linears()), sum(p.numel() for p in model.parameters())
+@torch.compiler.set_stance("force_eager")
+def watch(model, tokens, targets):
+    """Return `shares_lost` of each FP8 layer for the first 512 tokens, which run layer by layer, forward and
+    backward, for this alone. Gradients that .grad holds stay as they are."""
+    calls = []
+    hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, *x, y)))   # unfuse
+             for layer in model.linears() if layer.recipe]
+    first = slice(max(512 // tokens.shape[1], 1)), slice(512)
+    loss = model(tokens[first], targets[first])
+    seen = [(recipe, x.detach().flatten(0, -2), y) for recipe, x, y in calls if y.requires_grad]
+    gradients = torch.autograd.grad(loss, [y for _, _, y in seen]) if seen else ()
+    for hook in hooks:
+        hook.remove()
+    return [shares_lost(x, dy.flatten(0, -2), recipe) for (recipe, x, _), dy in zip(seen, gradients)]
 
 
 def flops_per_token(model):
     """Return the FLOPs of training on one token: 6 per weight of a matrix product (2 forward, 4 backward).
 
-    Causal attention adds 6 d seq per layer: a token looks at seq / 2 others on average, and for each of them
-    score and weighted value cost 2 d each forward and 4 d each backward. The embedding is a look-up: nothing.
+    Causal attention adds 6 d seq per layer: a token sees seq / 2 others on average, and for each of them
+    score and weighted value cost 2 d each forward and 4 d each backward.
     """
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (Linear, nn.Linear)))
     return 6 * products + 6 * len(model.blocks) * model.config.d * model.config.seq
@@ -575,54 +490,41 @@ def flops_per_token(model):
 def memory(model, tokens, ranks=1, element=2):
     """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number.
 
-    Every recipe keeps FP32 weights, gradients and two Adam moments: 16 bytes per parameter. With ranks > 1
-    (train.py --shard) a rank keeps a share of the moments, and of the weights of the blocks' linear layers.
+    Weights, gradients and two Adam moments are FP32. Each of several ranks (train.py --shard) keeps a share
+    of the moments, and of the weights of the blocks' linear layers. Scales, up to 3% of FP8, are left out.
     """
-    (linear, total), (vocab, d) = parameter_count(model), model.head.weight.shape
-    copies = element * vocab * d   # what the products read: W and W^T in FP8, or W in BF16
-    for layer in model.linears():
-        r = layer.recipe
-        copies += layer.weight.numel() * (2 * quantized_bytes(r.weight_block, r.rule) if r else element)
+    linear = sum(layer.weight.numel() for layer in model.linears())
+    total, (vocab, d) = sum(p.numel() for p in model.parameters()), model.head.weight.shape
     saved = [saved_by_block(block, element) for block in model.blocks]
     if model.recompute == "block":   # the inputs of all blocks, and all of one block
         saved = [max(saved), element * d * (len(saved) - 1)]
     saved += [element * (2 * d + vocab)]   # input and output of the last norm, gradient of the logits
-    return {"weights": 4 * (total - linear + linear / ranks), "copies": copies, "gradients": 4 * total,
-            "optimizer": 8 * total / ranks, "activations": tokens * sum(saved)}
+    return {"weights": 4 * (total - linear + linear / ranks),
+            "copies": 2 * (linear + vocab * d),   # what the products read: W and W^T in FP8, or W in BF16
+            "gradients": 4 * total, "optimizer": 8 * total / ranks, "activations": tokens * sum(saved)}
 
 
 def saved_by_block(block, element):
     """Return the bytes per token that a block saves for the backward pass."""
     qkv, out, *hidden, down = layers = [m for m in block.modules() if isinstance(m, Linear)]
     inputs, hidden = sum(m.weight.shape[1] for m in layers), sum(m.weight.shape[0] for m in hidden)
-    (width, d), ffn, recipe = qkv.weight.shape, down.weight.shape[1], qkv.recipe
+    (width, d), ffn = qkv.weight.shape, down.weight.shape[1]
     saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
-    if block.fused:
-        return saved + inputs + hidden   # in FP8 what the four layers read, and [gate, up]
-    kv = block.config.kv_dim
-    saved += element * (width - kv + hidden + ffn)   # q and k before RoPE, [gate, up], silu(gate)
-    if recipe:
-        return saved + inputs * quantized_bytes(recipe.act_block, recipe.rule)
-    return saved + element * (inputs - d)   # `out` reads the attention output, which is counted already
-
-
-def quantized_bytes(block, rule):
-    """Return the bytes per FP8 number with its share of its block's scale: one byte in E8M0, else four."""
-    return 1.0 if ALL in block else 1 + (1 if stores_e8m0(block, rule) else 4) / (block[0] * block[1])
+    saved += inputs if qkv.recipe else element * (inputs - d)   # in BF16 `out` reads the attention output
+    # [gate, up]; layer by layer also q and k before RoPE, and silu(gate)
+    return saved + (hidden if block.fused else element * (hidden + width - block.config.kv_dim + ffn))
 
 
 if __name__ == "__main__":
-    rows = {name: (name, "none", 1) for name in RECIPES}
-    rows |= {"moss, block": ("moss", "block", 1), "moss, 8 GPUs": ("moss", "none", 8)}
     for preset, config in PRESETS.items():
-        for row, (fp8, recompute, ranks) in rows.items():
-            with torch.device("meta"):
-                model = Transformer(config, fp8, recompute)
-            use = memory(model, config.seq, ranks)
-            if row == "none":
-                _, total = parameter_count(model)
-                print(f"{preset}: {total:,} parameters, {flops_per_token(model) / 1e9:.2f} GFLOP per token; "
-                      f"GiB for one sequence of {config.seq}:")
-                print(f"    {'':12}" + "".join(f"{name:>13}" for name in (*use, "total")))
-            print(f"    {row:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
+        with torch.device("meta"):
+            models = {fp8: Transformer(config, fp8) for fp8 in RECIPES}
+            models["moss, block"] = Transformer(config, "moss", recompute="block")
+        uses = {run: memory(model, config.seq) for run, model in models.items()}
+        uses["moss, 8 GPUs"] = memory(models["moss"], config.seq, ranks=8)
+        size, flops = sum(p.numel() for p in models["none"].parameters()), flops_per_token(models["none"])
+        print(f"{preset}: {size:,} parameters, {flops / 1e9:.2f} GFLOP per token; GiB for one sequence of "
+              f"{config.seq}:\n    {'':12}" + "".join(f"{use:>13}" for use in (*uses["none"], "total")))
+        for run, use in uses.items():
+            print(f"    {run:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()

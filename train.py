@@ -50,7 +50,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import E4M3, picture
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, kernels_run_on, transpose
-from model import PRESETS, RECOMPUTE, Transformer, flops_per_token
+from model import PRESETS, RECOMPUTE, Transformer, flops_per_token, watch
 
 
 class UserError(Exception):
@@ -273,12 +273,9 @@ def learning_rate(step, c):
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def forward_backward(model, batches, step, c, ranks, shards=None, watching=False):
-    """Compute the gradients of one optimizer step, averaged over micro-batches and ranks.
-
-    Return this rank's share of the mean loss. With `watching`, the layers record what quantizing changes, but
-    only in the last micro-batch, because that takes time.
-    """
+def forward_backward(model, batches, step, c, ranks, shards=None, watching=None):
+    """Compute the gradients of one optimizer step, averaged over micro-batches and ranks. Return this rank's
+    share of the mean loss. What the layers lose in the last micro-batch is added to the list `watching`."""
     loss_sum = torch.zeros((), device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
@@ -286,13 +283,14 @@ def forward_backward(model, batches, step, c, ranks, shards=None, watching=False
         sends = ranks.world > 1 and micro == mine[-1]
         for layer in getattr(model, "module", model).linears():
             layer.accumulates = not sends   # DDP and shards wait for gradients in autograd's hooks
-            layer.health = {} if watching and layer.recipe and micro == mine[-1] else None
         if shards:
             shards.sending = sends
         with model.no_sync() if ranks.world > 1 and not shards and not sends else nullcontext():
             loss = model(tokens, targets)
             (loss / len(mine)).backward()   # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
+    if watching is not None and c.fp8 != "none":
+        watching += watch(getattr(model, "module", model), tokens, targets)
     return loss_sum
 
 
@@ -351,10 +349,11 @@ def loop(run, log):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=logging)
+        shares = [] if logging else None
+        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=shares)
         if device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(step + 1, ranks.rank, device)
-        health = scale_health(model, run.scales, shards) if logging else {}
+        health = scale_health(model, run.scales, shares, shards) if logging else {}
         norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
         # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of
         # a checkpoint: the one wait for the GPU in a step.
@@ -485,9 +484,9 @@ def prepare(c, ranks, saved=None):
 # ------------------------------------------------------------------------------------------------------------
 # What is watched
 
-def scale_health(model, scales, shards=None):
-    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the mean shares
-    of values that saturate or that folding changes (model.py)."""
+def scale_health(model, scales, records, shards=None):
+    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the means of
+    what `watch` has recorded of each layer."""
     health = {}
     if scales is not None:
         ratio = scales.headroom()
@@ -495,11 +494,8 @@ def scale_health(model, scales, shards=None):
         ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
         most, minus_least = (all_reduce(ends, dist.ReduceOp.MAX) if shards else ends).tolist()
         health.update(scale_ratio=most, scale_ratio_min=-minus_least)
-    records = [layer.health for layer in model.linears() if layer.health]
     for key in dict.fromkeys(key for record in records for key in record):
         health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
-    for layer in model.linears():
-        layer.health = None   # so that no evaluation is counted
     return health
 
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import io
-from collections import defaultdict
+import math
 
 import pytest
 import torch
@@ -17,11 +17,12 @@ import microscale
 import model as m
 from conftest import DEVICE
 from gemm_kernel import relative_error
-from microscale import ALL, NORMS, RECIPES, quantize, rope, sqnr, swiglu, swiglu_gradient
+from microscale import ALL, NORMS, RECIPES, quantize, rope, sqnr, swiglu
 from model import PRESETS, Block, Linear, ModelConfig, Transformer
 
 TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
-DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.bfloat16]   # of a model on a GPU
+WIDE = ModelConfig(vocab=512, seq=64, d=256, layers=2, heads=4, ffn=512, norm="layer")
+SHARES = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}   # what is watched
 
 
 def make(config=TINY, fp8="none", recompute="none", device="cpu", gain=1):
@@ -40,37 +41,30 @@ def tokens(B=2, T=32, vocab=64):
     return torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def gradients(model, B=2):
+def gradients(model, B=2, x=None):
     """Return the loss of one step, and the gradient of every parameter by name."""
-    x = tokens(B).to(model.embed.weight.device)
+    x = (tokens(B) if x is None else x).to(model.embed.weight.device)
     loss = model(x, x.roll(-1, dims=1))
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
 # ---------------------------------------------------------------------------------------------------
-# Counts
+# Counts, and the decoder
 
-@pytest.mark.parametrize("preset, published", [("olmo-7b", 6_888_095_744), ("llama2-7b", 6_738_415_616),
-                                               ("1b", 1_176_764_416)])
-def test_parameter_counts_equal_the_published_ones(preset, published):
-    with torch.device("meta"):
-        model = Transformer(PRESETS[preset])
-    linear, total = m.parameter_count(model)
-    assert total == published and linear == sum(layer.weight.numel() for layer in model.linears())
+def test_parameter_counts_equal_the_published_ones():
+    for preset, count in (("olmo-7b", 6_888_095_744), ("llama2-7b", 6_738_415_616), ("1b", 1_176_764_416)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Transformer(PRESETS[preset]).parameters()) == count, preset
 
 
-def with_another_mlp(model):
-    """A fork: the second block has an MLP of width 100, which FP8 could not tile."""
-    model.blocks[1] = Block(dataclasses.replace(model.config, ffn=100), None, "blocks.1", "none")
-    return model
-
-
-@pytest.mark.parametrize("change", [lambda model: model, with_another_mlp], ids=["plain", "fork"])
+@pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_equal_those_that_pytorch_counts(tied, change):
+def test_flops_equal_those_that_pytorch_counts(tied, fork):
     from torch.utils.flop_counter import FlopCounterMode
-    model, x = change(make(dataclasses.replace(TINY, tied=tied))), tokens()
+    model, x = make(dataclasses.replace(TINY, tied=tied)), tokens()
+    if fork:   # the second block has an MLP of width 100, which FP8 could not tile
+        model.blocks[1] = Block(dataclasses.replace(TINY, ffn=100), None, "blocks.1", "none")
     with FlopCounterMode(display=False) as counter:
         model(x, x).backward()
     # of attention PyTorch counts the masked half as well: only the rest is compared
@@ -81,25 +75,20 @@ def test_flops_equal_those_that_pytorch_counts(tied, change):
 
 
 def kept_by_autograd(model, x):
-    """What waits for the backward pass, weights and RoPE tables aside: [(dtype, bytes)], a storage each."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.rope)}
-    kept = {}
+    """Return the bytes that wait for the backward pass, weights and RoPE tables aside."""
+    kept, own = {}, {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.rope)}
 
     def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = t.dtype, storage.nbytes()
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x, x)
-    return list(kept.values())
+    return sum(nbytes for address, nbytes in kept.items() if address not in own)
 
 
-WIDE = ModelConfig(vocab=512, seq=64, d=256, layers=2, heads=4, ffn=512, norm="layer")
-
-
-@pytest.mark.parametrize("fp8, recompute", [(fp8, recompute) for fp8 in RECIPES for recompute in m.RECOMPUTE])
+@pytest.mark.parametrize("recompute", m.RECOMPUTE)
+@pytest.mark.parametrize("fp8", RECIPES)
 @pytest.mark.parametrize("change", [{}, {"kv_heads": 2}], ids=str)
 def test_activation_count_equals_what_autograd_keeps(fp8, recompute, change):
     x, config = tokens(4, 64, 512), dataclasses.replace(WIDE, **change)
@@ -111,36 +100,16 @@ def test_activation_count_equals_what_autograd_keeps(fp8, recompute, change):
     expected = count(2, recompute)
     if recompute == "block":   # of the one block that is counted whole, only the input is there so far
         expected -= count(2, "none") - count(1, "none") - 4 * config.d * x.numel()
-    # not counted: statistics of norm and attention, and a scale per row, a few bytes per token and layer
-    kept = kept_by_autograd(make(config, fp8, recompute), x)
-    assert sum(nbytes for _, nbytes in kept) == pytest.approx(expected, rel=0.02)
-
-
-def test_moss_keeps_the_tensors_that_are_listed_and_no_other():
-    c, x, widths = dataclasses.replace(WIDE, kv_heads=2), tokens(4, 64, 512), defaultdict(list)
-    for dtype, nbytes in kept_by_autograd(make(c, "moss"), x):
-        widths[dtype].append(nbytes / dtype.itemsize / x.numel())
-    block = [c.d, c.d + 2 * c.kv_dim, c.d, c.d]   # in the order of the comment; q, k and v are one tensor
-    listed = [*c.layers * block, c.d, c.d, c.vocab]
-    large = [w for w in widths[torch.float32] if w > c.heads]   # the others are statistics and scales
-    assert sorted(large) == sorted(listed)
-    assert sorted(widths[torch.float8_e4m3fn]) == sorted(c.layers * [c.d, c.d, c.d, c.ffn, 2 * c.ffn])
+    # not counted: statistics of norm and attention, and scales, a few bytes per token and layer
+    assert kept_by_autograd(make(config, fp8, recompute), x) == pytest.approx(expected, rel=0.02)
 
 
 def test_ranks_share_moments_and_the_weights_of_quantized_layers():
     model = Transformer(WIDE, "moss")
-    linear, total = m.parameter_count(model)
     alone, shared = (m.memory(model, 64, ranks) for ranks in (1, 4))
-    assert alone["weights"] - shared["weights"] == 4 * linear * 3 / 4
-    assert shared["optimizer"] == alone["optimizer"] / 4 == 2 * total
+    assert alone["weights"] - shared["weights"] == 3 * sum(layer.weight.numel() for layer in model.linears())
+    assert shared["optimizer"] == alone["optimizer"] / 4 == alone["weights"] / 2
     assert all(alone[key] == shared[key] for key in ("copies", "gradients", "activations"))
-
-
-# ---------------------------------------------------------------------------------------------------
-# The decoder
-
-def test_first_loss_is_that_of_a_uniform_guess():
-    assert make()(tokens(), tokens()).item() == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=0.1)
 
 
 @pytest.mark.parametrize("fp8", ["none", "group", "mx", "moss"])
@@ -173,7 +142,7 @@ def test_grouped_query_attention_equals_repeated_keys_and_values():
 
 
 # ---------------------------------------------------------------------------------------------------
-# The dataflow of moss
+# The dataflow of moss, and the loss
 
 # inside everything is float32; the result is rounded once, to 2^-9 in BF16
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)], ids=str)
@@ -191,8 +160,8 @@ def test_norm_backward_equals_autograd_in_float64(kind, dtype, tolerance):
     dx, d_weight = m.norm_backward(dy, x, weight, kind, residual)
     for row in range(48):
         assert relative_error(dx[row], exact_x.grad[row] + residual[row].double()) < tolerance, row
-    assert dx.dtype == dtype
-    assert d_weight is None if weight is None else relative_error(d_weight, exact_weight.grad) < 2e-6
+    assert dx.dtype == dtype and (d_weight is None) == (weight is None)
+    assert weight is None or relative_error(d_weight, exact_weight.grad) < 2e-6
 
 
 def block_step(config, fp8, dtype, B, T, fused=True):
@@ -206,56 +175,38 @@ def block_step(config, fp8, dtype, B, T, fused=True):
     return {"output": y.detach(), "input": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
 
 
-class SwiGLUWithHInE4M3(torch.autograd.Function):
-    """Take the gradient of a block computed layer by layer at what a fused block keeps of [gate, up], too."""
-
-    @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h)
-        return swiglu(h.float()).to(h.dtype)
-
-    @staticmethod
-    def backward(ctx, da):
-        (h,) = ctx.saved_tensors
-        h_q = quantize(h.flatten(0, 1), block=(1, ALL))
-        return swiglu_gradient(h_q.dequantize(), da.flatten(0, 1)).to(h.dtype).view_as(h)
+def swiglu_with_gradient_at_e4m3(h):
+    """Return swiglu(h), with the gradient at what a fused block keeps of h = [gate, up]: FP8."""
+    rounded = quantize(h.detach().flatten(0, 1), block=(1, ALL)).dequantize().view_as(h)
+    a = swiglu(h.float() + (rounded - h.float()).detach())
+    return (a + (swiglu(h.float()) - a).detach()).to(h.dtype)
 
 
 # SQNR against the block computed layer by layer. In float32 only values next to a tie of E4M3 are rounded
-# apart: 55 dB or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more: about 25 dB
-LAYERED = {torch.float32: 45, torch.bfloat16: 20}
-CHANGES = pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
-
-
-@CHANGES
+# apart: 55 dB or more in 12 seeds. In BF16 norm, SwiGLU and its gradient are rounded once more: about 25 dB.
+# Against no FP8 at all: E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
+@pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("B, T", [(2, 32), (16, 33)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_equals_the_block_computed_layer_by_layer(dtype, B, T, change, monkeypatch):
-    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
+@pytest.mark.parametrize("dtype, decibels", [(torch.bfloat16, 20)] + [(torch.float32, 45)] * (DEVICE == "cpu"))
+def test_fused_block_equals_the_block_layer_by_layer_and_is_as_close_to_the_unquantized_one_as_e4m3_allows(
+        dtype, decibels, B, T, change, monkeypatch):
     config = dataclasses.replace(TINY, **change)
+    exact = block_step(config, "none", dtype, B, T)
+    monkeypatch.setattr(m, "compiled_swiglu", swiglu_with_gradient_at_e4m3)
     fused, layered = (block_step(config, "moss", dtype, B, T, fused) for fused in (True, False))
     for name in layered:
         assert fused[name].dtype == layered[name].dtype, name
-        assert sqnr(layered[name], fused[name]) > LAYERED[dtype], name
-
-
-@CHANGES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_block_is_as_close_to_the_unquantized_block_as_e4m3_allows(dtype, change):
-    config = dataclasses.replace(TINY, **change)
-    exact, fused = (block_step(config, fp8, dtype, 16, 17) for fp8 in ("none", "moss"))
-    for name in exact:   # E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
+        assert sqnr(layered[name], fused[name]) > decibels, name
         assert sqnr(exact[name], fused[name]) > 18, name
 
 
 @pytest.mark.parametrize("recompute", m.RECOMPUTE)
 def test_a_step_leaves_the_fp8_copies_of_the_weights_alone(recompute):
     model = make(fp8="moss", recompute=recompute, device=DEVICE)
-    copies = [(layer, which) for layer in model.linears() for which in ("w", "w_t")]
-    before = [(q.data.data_ptr(), q.data.float(), q.scale.clone()) for q in (getattr(*c) for c in copies)]
+    before = [(q.data.data_ptr(), q.data.float(), q.scale.clone()) for layer in model.linears()
+              for q in layer.copies]
     gradients(model)
-    for c, (address, data, scale) in zip(copies, before):
-        q = getattr(*c)
+    for q, (address, data, scale) in zip((q for layer in model.linears() for q in layer.copies), before):
         assert q.data.data_ptr() == address
         assert torch.equal(q.data.float(), data) and torch.equal(q.scale, scale)
 
@@ -268,9 +219,8 @@ def test_recomputation_changes_no_bit(fp8):
         assert torch.equal(kept[name], again[name]), name
 
 
-# Compiled code rounds to BF16 less often and sums in another order: values move by a step of BF16 at most.
-# That left 38 dB or more in 12 seeds on a CPU. Of values that move, one in 16 gets another code of E4M3. If
-# all do, that is the noise of one quantization, 31 dB, and 21 dB after ten of them; 25 dB or more were left
+# Compiled code rounds to BF16 less often and sums in another order. That left 38 dB or more in 12 seeds on a
+# CPU. If it sent all values to another code of E4M3, ten quantizers would leave 21 dB; 25 or more were left
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8, decibels", [("none", 30), ("moss", 20)])
 def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
@@ -285,87 +235,47 @@ def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["olmo-7b", "llama2-7b"])
 def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_that(preset, monkeypatch):
-    """A sum that differs by 1e-3 sends some numbers to the other side of a tie, and the next quantizer sends
-    more. After eight quantizers kernels and emulation differ by the noise of FP8, but must not add to it."""
+    """After eight quantizers kernels and emulation differ by the noise of FP8, but must not add to it."""
     config = dataclasses.replace(PRESETS[preset], layers=1, seq=512, vocab=1024)
-    x, seen = tokens(4, 512, 1024).to(DEVICE), {}
+    x, seen = tokens(4, 512, 1024), {}
     for name in ("none", "moss", "emulated"):
         if name == "emulated":
             for module in (gemm_kernel, microscale):
                 monkeypatch.setattr(module, "kernels_run_on", lambda device: False)
         with torch.device(DEVICE):
             model = make(config, "none" if name == "none" else "moss", device=DEVICE)
-        loss = model(x, x.roll(-1, dims=1))
-        loss.backward()
-        seen[name] = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        seen[name] = gradients(model, x=x)
     assert abs(seen["moss"]["loss"] - seen["emulated"]["loss"]) < 1e-3 * seen["emulated"]["loss"]
     for name in seen["none"]:
         emulated, kernels, between = (sqnr(seen[a][name], seen[b][name]) for a, b in (
             ("none", "emulated"), ("none", "moss"), ("emulated", "moss")))
-        print(f"{name:32} dB to BF16: emulated {emulated:.1f}, kernels {kernels:.1f}; between {between:.1f}")
         if name != "loss":
             assert kernels > emulated - 0.5 and between > emulated, name
 
 
-@pytest.mark.parametrize("change", [{}, {"kv_heads": 2}], ids=str)
-@torch.compiler.set_stance("force_eager")
-def test_wgrad_that_adds_to_the_gradient_gives_the_gradient_that_autograd_gives(change):
-    seen = []
-    for accumulates in (False, True):
-        model = make(dataclasses.replace(TINY, **change), "moss", device=DEVICE)
-        for layer in model.linears():
-            layer.accumulates = accumulates
-        for seed in range(3):
-            x = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-            model(x, x).backward()
-        seen.append({name: p.grad for name, p in model.named_parameters()})
-    bound = 2**-23 if DEVICE == "cuda" else 0   # a GPU rounds once where it multiplies by a scale and adds
-    for name in seen[0]:
-        assert relative_error(seen[1][name], seen[0][name].double()) <= bound, name
-
-
 @pytest.mark.parametrize("recompute", m.RECOMPUTE)
-def test_watching_the_health_of_a_fused_block_changes_no_bit(recompute):
-    watched, unwatched = (make(fp8="moss", recompute=recompute, device=DEVICE) for _ in range(2))
-    for layer in watched.linears():
-        layer.health = {}
-    a, b = gradients(watched), gradients(unwatched)
-    assert all(torch.equal(a[name], b[name]) for name in b)
+@pytest.mark.parametrize("fp8", ["group", "moss"])
+def test_what_is_watched_are_the_operands_of_wgrad_and_watching_changes_nothing(fp8, recompute, monkeypatch):
+    model, seen = make(fp8=fp8, recompute=recompute, device=DEVICE), []
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    monkeypatch.setattr(m, "shares_lost", lambda *call: seen.append(call))
+    m.watch(model, *(x.to(DEVICE) for x in (tokens(), tokens().roll(-1, dims=1))))
+    assert len(seen) == len(model.linears()) == 8
+    for (x, dy, _), layer in zip(seen, model.linears()):
+        assert sqnr(layer.weight.grad, dy.float().t() @ x.float()) > 15   # on a CPU 22
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert all(m.can_fuse(block) == (fp8 == "moss") for block in model.blocks)   # the hooks are gone
 
 
-def test_fused_block_watches_the_numbers_that_the_block_computed_layer_by_layer_watches(monkeypatch):
-    monkeypatch.setattr(m, "compiled_swiglu", SwiGLUWithHInE4M3.apply)
-    seen = {True: [], False: []}
-    for fused in seen:
-        model = make(dataclasses.replace(TINY, layers=1), "moss", device=DEVICE, gain=4)
-        model.blocks[0].fused = fused
-        for layer in model.linears():
-            layer.health = {}
-        monkeypatch.setattr(m, "fold_loss", lambda x, fmt: [seen[fused].append(x)])
-        gradients(model, B=16)   # 512 tokens
-        for layer in model.linears():
-            assert layer.health.keys() == HEALTH
-    assert len(seen[True]) == len(seen[False]) == 8   # X and dY of four layers
-    for a, b in zip(*seen.values()):
-        assert len(a) == m.WATCHED and sqnr(b, a) > LAYERED[DTYPES[0]] - 5   # dY of qkv in BF16: 20.8 dB
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loss in chunks
-
-class Largest(TorchDispatchMode):
-    """While it is entered: the size of the largest tensor that PyTorch makes, by dtype."""
-
-    def __init__(self):
-        super().__init__()
-        self.of = defaultdict(int)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.of[t.dtype] = max(self.of[t.dtype], t.numel())
-        return out
+def test_the_log_tells_what_saturates_and_what_folding_changes():
+    x, dy = (torch.randn(512, n) for n in (64, 32))
+    dy[::2] *= 2.0**-30   # next to the others these tokens become zero
+    shares = m.shares_lost(x, dy, RECIPES["moss"])
+    assert shares.keys() == SHARES
+    assert shares["folded_wgrad"] == pytest.approx(0.5, abs=0.01) and shares["folded_grad"] < 0.01
+    assert shares["saturated"] == shares["saturated_grad"] == 0 <= shares["folded"] < 0.01
+    shares = m.shares_lost(x, dy, RECIPES["mx"])   # whose rule cuts off what is beyond 448 of 512
+    assert shares.keys() == {"saturated", "saturated_grad"} and shares["saturated"] > 0.001
 
 
 def head_inputs(dtype, monkeypatch):
@@ -386,17 +296,12 @@ def test_head_loss_equals_the_cross_entropy_of_all_logits(dtype, tolerance, monk
     exact = F.cross_entropy(exact_x @ exact_w.t(), targets)
     (exact / 3).backward()
     assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
-    assert max(relative_error(x.grad, exact_x.grad), relative_error(w.grad, exact_w.grad)) < tolerance
+    for p, exact in ((x, exact_x), (w, exact_w)):
+        assert relative_error(p.grad, exact.grad) < tolerance
+        # roundings of single values cancel in this sum; that of 1/3 to BF16, by 0.2%, would stay
+        scale = (p.grad.double() * exact.grad).sum() / exact.grad.square().sum()
+        assert scale.item() == pytest.approx(1, abs=5e-4)
     assert x.grad.dtype == dtype and w.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scaling_the_loss_scales_both_gradients_by_as_much(dtype, monkeypatch):
-    x, w, targets = head_inputs(dtype, monkeypatch)
-    whole, third = (torch.autograd.grad(m.head_loss(x, w, targets) / n, (x, w)) for n in (1, 3))
-    for a, b in zip(whole, third):   # roundings of single values cancel in the sum; that of 1/3 (0.2%) stays
-        a, b = a.double(), b.double()
-        assert (3 * (a * b).sum() / a.square().sum()).item() == pytest.approx(1, abs=5e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -409,26 +314,25 @@ def test_loss_of_the_model_is_the_cross_entropy_of_its_logits(tied, monkeypatch)
         assert relative_error(p.grad, q.grad) < 1e-5, name   # rounding of float32
 
 
+@pytest.mark.parametrize("training", [True, False])
 @torch.compiler.set_stance("force_eager")   # what is compiled makes its tensors unseen
-def test_logits_of_all_tokens_never_exist_in_float32(monkeypatch):
+def test_logits_of_all_tokens_exist_only_for_a_gradient_and_never_in_float32(training, monkeypatch):
+    sizes = {torch.float32: [], torch.bfloat16: []}   # of all tensors that PyTorch makes
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                sizes.get(getattr(t, "dtype", None), []).append(getattr(t, "nbytes", 0))
+            return out
+
     inputs = head_inputs(torch.bfloat16, monkeypatch)
-    with Largest() as largest:
-        m.head_loss(*inputs).backward()
-    assert largest.of[torch.float32] == 24 * 50 and largest.of[torch.bfloat16] == 70 * 50
-
-
-@torch.compiler.set_stance("force_eager")
-def test_loss_without_gradient_makes_no_gradient_of_the_logits(monkeypatch):
-    inputs = head_inputs(torch.bfloat16, monkeypatch)
-    with Largest() as largest, torch.no_grad():
-        m.head_loss(*inputs)
-    assert largest.of[torch.bfloat16] == 24 * 50
-
-
-# ---------------------------------------------------------------------------------------------------
-# Recipes in the model
-
-HEALTH = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}
+    with Sizes(), torch.set_grad_enabled(training):
+        loss = m.head_loss(*inputs)
+        if training:
+            loss.backward()
+    assert max(sizes[torch.float32]) == 4 * 24 * 50
+    assert max(sizes[torch.bfloat16]) == 2 * 50 * (70 if training else 24)
 
 
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
@@ -446,9 +350,13 @@ def test_print_shows_the_recipe_of_each_layer():
     assert str(make(one_block)).count("fp8=none") == 5   # the head, which no recipe quantizes, says so too
 
 
-def test_initial_weights_are_the_same_under_every_recipe():
+def test_initial_weights_are_the_same_under_every_recipe_and_smaller_where_the_residual_stream_is_written():
     states = [make(fp8=fp8).state_dict() for fp8 in RECIPES]
     assert all(torch.equal(states[0][k], s[k]) for s in states for k in states[0])
+    layers = [layer for layer in Block(TINY, None, "mine", "none").modules() if isinstance(layer, Linear)]
+    deviations = [layer.weight.std().item() for layer in layers]
+    assert deviations == pytest.approx([0.02, 0.01, 0.02, 0.01], rel=0.05)   # out, down: 1 / sqrt(2 layers)
+    assert make()(tokens(), tokens()).item() == pytest.approx(math.log(64), abs=0.1)   # a uniform guess
 
 
 @pytest.mark.parametrize("change, options, message", [
@@ -456,19 +364,29 @@ def test_initial_weights_are_the_same_under_every_recipe():
     ({"heads": 0}, (), "heads = 0"), ({"layers": 0}, (), "layers = 0"), ({"ffn": -96}, (), "ffn = -96"),
     ({"norm": "batch"}, (), "'batch'"), ({}, ("fp4",), "'fp4'.*none, tensor, group, mx, moss"),
     ({}, ("moss", "act"), "'act'.*none, block"),
-    ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: out = 200 .* multiple of 16, .*--fp8 moss")], ids=str)
+    ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: .*out = 200 .*multiple of 16, .*--fp8 moss")], ids=str)
 def test_impossible_models_are_refused_by_name(change, options, message):
     with pytest.raises(ValueError, match=message):
         Transformer(dataclasses.replace(TINY, **change), *options)
 
 
-def test_targets_that_do_not_fit_the_tokens_are_refused():
-    x, model = tokens(), make()
-    for targets in (x[:, :8], x.t(), x.flatten(), x.int(), x.to("meta")):
-        with pytest.raises(ValueError, match="targets"):
-            model(x, targets)
-    with pytest.raises(ValueError, match="targets"):
-        m.head_loss(torch.randn(8, 64), model.head.weight, x[0, :7])
+REFUSED = {   # calls of a model: what is wrong
+    "33 tokens.*at most 32": [lambda model: model(tokens(1, 33))],
+    "targets": [lambda model, y=y: model(tokens(), y) for y in (
+        tokens()[:, :8], tokens().t(), tokens().flatten(), tokens().int(), tokens().to("meta"))],
+    "5 tokens, temperature -1.0": [lambda model: model.generate(tokens(1, 5), 3, -1.0)],
+    "5 tokens, temperature nan": [lambda model: model.generate(tokens(1, 5), 3, math.nan)],
+    "0 tokens, temperature 1.0": [lambda model: model.generate(tokens(1, 0), 3, 1.0)],
+    "second derivative": [lambda model: torch.autograd.grad(
+        model(tokens(), tokens()), model.embed.weight, create_graph=True)]}
+
+
+@pytest.mark.parametrize("fp8", ["none", "moss"])
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_model_cannot_compute_is_refused(message, fp8):
+    for call in REFUSED[message]:
+        with pytest.raises(RuntimeError if "derivative" in message else ValueError, match=message):
+            call(make(fp8=fp8))
 
 
 @pytest.mark.parametrize("fp8", RECIPES)
@@ -480,39 +398,8 @@ def test_no_tokens_give_no_logits_and_no_gradient(fp8, shape):
     assert y.shape == (*shape, 64) and not any(p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("fp8", ["none", "moss"])
-def test_a_second_derivative_of_the_loss_is_an_error(fp8):
-    model = make(fp8=fp8)
-    loss = model(tokens(), tokens())
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(loss, model.embed.weight, create_graph=True)
-
-
-def test_health_is_counted_only_while_it_is_watched():
-    model = make(fp8="moss")
-    model(tokens())
-    assert all(layer.health is None for layer in model.linears())
-    for layer in model.linears():
-        layer.health = {}
-    model(tokens(), tokens()).backward()
-    for layer in model.linears():
-        assert layer.health["saturated"] == layer.health["saturated_grad"] == 0
-        assert 0 <= layer.health["folded"] < 0.05 and 0 <= layer.health["folded_grad"] < 0.5
-
-
-def test_the_log_tells_what_the_fold_across_tokens_changes():
-    layer = Linear(64, 32, RECIPES["moss"], "one")
-    layer.requantize()
-    layer.health = {}
-    x, dy = (torch.randn(512, n) for n in (64, 32))
-    dy[:256:2] *= 2.0**-30   # half of the tokens that are watched: next to the others they become zero
-    layer(x).backward(dy)
-    assert layer.health.keys() == HEALTH
-    assert layer.health["folded_wgrad"] == pytest.approx(0.5, abs=0.01) and layer.health["folded_grad"] < 0.01
-
-
 # ---------------------------------------------------------------------------------------------------
-# FP8 copies of weights
+# FP8 copies of weights, and forks
 
 def step_of(optimizer, **options):
     def change(model, layer):
@@ -532,10 +419,6 @@ def new_parameter_in_old_memory(model, layer):
         nn.init.ones_(layer.weight)
 
 
-def assign(model, layer):
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-
-
 CHANGES_OF_A_WEIGHT = {
     "AdamW": step_of(torch.optim.AdamW), "foreach": step_of(torch.optim.AdamW, foreach=True),
     "fused": step_of(torch.optim.AdamW, fused=True), "fused SGD": step_of(torch.optim.SGD, fused=True),
@@ -543,11 +426,12 @@ CHANGES_OF_A_WEIGHT = {
     "new parameter": lambda model, layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
     "new parameter in old memory": new_parameter_in_old_memory, "new memory twice": new_memory_twice,
     "vector": lambda model, layer: nn.utils.vector_to_parameters(torch.ones(64 * 64), [layer.weight]),
-    "loaded": lambda model, layer: model.load_state_dict(model.state_dict()), "assigned": assign,
+    "loaded": lambda model, layer: model.load_state_dict(model.state_dict()),
+    "assigned": lambda model, layer: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "loaded in part": lambda model, layer: layer.load_state_dict(layer.state_dict()),
     "other dtype and back": lambda model, layer: model.bfloat16().float(),
     "parametrized": lambda model, layer: nn.utils.parametrizations.weight_norm(layer),
-    "never made": lambda model, layer: setattr(layer, "copies", None)}
+    "never made": lambda model, layer: setattr(layer, "made_of", None)}
 
 
 @pytest.mark.parametrize("fp8", ["moss", "group"])
@@ -555,17 +439,15 @@ CHANGES_OF_A_WEIGHT = {
 def test_fp8_copies_of_a_weight_that_has_changed_are_refused(way, fp8):
     model = make(fp8=fp8)
     CHANGES_OF_A_WEIGHT[way](model, model.blocks[1].out)
-    with pytest.raises(RuntimeError, match="requantize"):
-        model(tokens())
-    with pytest.raises(RuntimeError, match="requantize"):   # a copy of the model does not make them current
-        copy.deepcopy(model)(tokens())
+    for each in (model, copy.deepcopy(model)):   # a copy of the model does not make them current
+        with pytest.raises(RuntimeError, match="requantize"):
+            each(tokens())
 
 
 def test_a_model_that_is_compiled_whole_refuses_them_too():
     model = make(fp8="moss")
     compiled = torch.compile(model, backend="eager")
-    # on a GPU the model compiles norms itself, which this backend does not: they round once more
-    atol = 0 if DEVICE == "cpu" else 1e-2
+    atol = 0 if DEVICE == "cpu" else 1e-2   # on a GPU norms are compiled, but not here: they round once more
     torch.testing.assert_close(compiled(tokens()), model(tokens()), rtol=0, atol=atol)
     nn.init.ones_(model.blocks[1].out.weight)
     with pytest.raises(RuntimeError, match="requantize"):
@@ -573,16 +455,14 @@ def test_a_model_that_is_compiled_whole_refuses_them_too():
 
 
 def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+    torch.save(model, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, saved_and_loaded])
-def test_a_copy_of_a_model_has_fp8_copies_of_its_own(copy_of):
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_of_a_model_has_fp8_copies_of_its_own(copied):
     model = make(fp8="moss")
-    other, expected = copy_of(model), model(tokens())
+    other, expected = copied(model), model(tokens())
     for layer in model.linears():
         nn.init.zeros_(layer.weight)
         layer.requantize()
@@ -604,95 +484,57 @@ def test_a_model_made_without_memory_computes_once_it_has_weights(assign):
     assert all(torch.equal(a, b) for a, b in zip(gradients(other).values(), gradients(model).values()))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Forks
-
 def test_blocks_of_all_recipes_work_in_one_model():
-    model, scale = make(dataclasses.replace(TINY, layers=len(RECIPES)), "moss"), torch.tensor(1e-3)
+    model = make(dataclasses.replace(TINY, layers=len(RECIPES)), "moss")
     for i, recipe in enumerate(RECIPES.values()):
-        torch.manual_seed(i)
         model.blocks[i] = Block(model.config, recipe, f"blocks.{i}", m.RECOMPUTE[i % 2])
     for layer in model.linears():
-        layer.requantize(scale)   # only for recipes with one scale per weight
-        layer.health = {} if layer.recipe else None
+        layer.requantize(torch.tensor(1e-3))   # only for recipes with one scale per weight
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-    assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == scale
-    for layer in model.linears():
-        by_row = layer.recipe and layer.recipe.act_block == (1, ALL)
-        expected = HEALTH if by_row else {"saturated", "saturated_grad"} if layer.recipe else None
-        assert layer.health == expected or layer.health.keys() == expected
-
-
-def test_a_block_made_by_a_fork_has_initial_weights():
-    layers = [layer for layer in Block(TINY, None, "mine", "none").modules() if isinstance(layer, Linear)]
-    deviations = [layer.weight.std().item() for layer in layers]
-    assert deviations == pytest.approx([0.02, 0.01, 0.02, 0.01], rel=0.05)   # out, down: 1 / sqrt(2 layers)
+    assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == 1e-3
+    keys = [shares.keys() for shares in m.watch(model, tokens(), tokens())]
+    assert keys == 3 * 4 * [{"saturated", "saturated_grad"}] + 4 * [SHARES]
 
 
 @pytest.mark.parametrize("fp8, fused", [("none", False), ("group", False), ("moss", False), ("moss", True)])
 @pytest.mark.parametrize("frozen", ["embed", "norm", "blocks.0.down", "blocks.0", "head"])
 @torch.compiler.set_stance("force_eager")
-def test_frozen_weights_leave_all_other_gradients_as_they_are(frozen, fp8, fused):
-    model, all_trained = make(fp8=fp8), make(fp8=fp8)
-    for block in (*model.blocks, *all_trained.blocks):
+def test_accumulating_and_freezing_leave_all_other_gradients_as_they_are(frozen, fp8, fused):
+    model, plain = (make(dataclasses.replace(TINY, kv_heads=2), fp8, device=DEVICE) for _ in range(2))
+    for block in (*model.blocks, *plain.blocks):
         block.fused = fused
     for name, p in model.named_parameters():
         p.grad = torch.zeros_like(p)
         p.requires_grad_(frozen not in name)
     for layer in model.linears():
         layer.accumulates = fused
-    expected = gradients(all_trained)
-    for name, gradient in gradients(model).items():
-        frozen_here = name != "loss" and frozen in name
-        assert not gradient.any() if frozen_here else torch.equal(gradient, expected[name]), name
+    for B in (1, 2, 3):
+        expected, got = gradients(plain, B), gradients(model, B)
+    bound = 2**-23 if DEVICE == "cuda" else 0   # a GPU rounds once where it multiplies by a scale and adds
+    for name in got:
+        error = relative_error(got[name], expected[name].double())
+        assert not got[name].any() if frozen in name else error <= bound, name
 
 
-class WithAdapter(Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
+@pytest.mark.parametrize("change", [
+    lambda block: setattr(block.qkv, "recipe", dataclasses.replace(m.FUSED, grad_format="e5m2")),
+    lambda block: setattr(block.qkv, "recipe", dataclasses.replace(m.FUSED, rule="floor")),
+    lambda block: setattr(block.qkv, "recipe", dataclasses.replace(m.FUSED, name="mine")),
+    lambda block: setattr(block.out, "__class__", type("WithAdapter", (Linear,), {})),
+    lambda block: block.down.register_forward_hook(lambda *_: None)])
+def test_what_a_fork_has_changed_is_computed_layer_by_layer(change, monkeypatch):
+    model, calls, fused_block = make(fp8="moss", device=DEVICE), [], m.fused_block
+    change(model.blocks[0])
+    monkeypatch.setattr(m, "fused_block", lambda *call: calls.append(call[0]) or fused_block(*call))
+    model(tokens().to(DEVICE))
+    assert calls == [model.blocks[1]]
 
 
-def test_fused_functions_do_not_pass_over_hooks_and_replaced_layers():
-    model, seen = make(fp8="moss"), []
-    expected = model(tokens())
-    hook = model.blocks[0].down.register_forward_hook(lambda module, x, y: seen.append(y))
-    assert sqnr(expected, model(tokens())) > 45 and len(seen) == 1
-    hook.remove()
-    model.blocks[0].out.__class__ = WithAdapter
-    assert sqnr(expected, model(tokens())) < 30
-
-
-@pytest.mark.parametrize("change", [{"grad_format": "e5m2"}, {"rule": "floor"}, {"name": "mine"}], ids=str)
-def test_only_the_recipe_that_the_fused_functions_compute_is_fused(change, monkeypatch):
-    assert make(fp8="moss").blocks[0].fused
-    monkeypatch.setitem(m.RECIPES, "moss", dataclasses.replace(m.RECIPES["moss"], **change))
-    assert not make(fp8="moss").blocks[0].fused
-
-
-# ---------------------------------------------------------------------------------------------------
-# Text
-
-@pytest.mark.parametrize("fp8", ["none", "moss"])
-def test_a_sequence_longer_than_the_models_is_refused(fp8):
-    with pytest.raises(ValueError, match="33 tokens.*at most 32"):
-        make(fp8=fp8)(torch.zeros(1, 33, dtype=torch.long, device=DEVICE))
-
-
-def test_a_text_longer_than_the_longest_sequence_goes_on():
-    text = make().generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
-    assert text.shape == (1, 90) and torch.equal(text[:, :40], tokens(1, 40))
-    assert text.max() < 64
-
-
-def test_temperature_zero_takes_the_likeliest_token():
+def test_a_text_goes_on_at_any_length_and_at_temperature_zero_with_the_likeliest_token():
     model, text = make(gain=4), tokens(1, 5)
     for _ in range(6):
         text = torch.cat((text, model(text)[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(model.generate(tokens(1, 5), 6, temperature=0), text)
+    longer = model.generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
+    assert longer.shape == (1, 90) and torch.equal(longer[:, :40], tokens(1, 40)) and longer.max() < 64
     assert torch.equal(model.generate(text, 0), text)
-
-
-@pytest.mark.parametrize("T, temperature", [(5, -1.0), (5, float("nan")), (0, 1.0)])
-def test_texts_that_cannot_be_generated_are_refused(T, temperature):
-    with pytest.raises(ValueError, match=f"{T} tokens, temperature {temperature}"):
-        make().generate(tokens(1, T), 3, temperature)
