@@ -100,7 +100,7 @@ class WeightScales:
     """The FP32 scales of n FP8 weights in one vector, so that predicting all of them is one tiny operation.
 
     weights   n FP32 parameters of any shapes on one device, updated in place by the optimizer
-    mode      "predicted": grow by the bound, and rescale every `interval` steps (MOSS); 0 = never
+    mode      "predicted": grow by the bound, and rescale every `interval` steps, 0 for never (MOSS)
               "current": rescale after every step (just-in-time scaling)
 
     self.scale, (n,) float32, only changes in place: a layer may keep the view scale[i]. It is MIN_SCALE for a
@@ -406,8 +406,8 @@ def print_timing():
         timers = (Timer("task()", globals={"task": task}) for task in tasks)
         times = [1e3 * timer.blocked_autorange(min_run_time=0.3).median for timer in timers]
         print(f"   {N:5} x {K:5}" + "".join(f"{time:12.3f}" for time in times))
-    print("-> An amax reads the weight; a prediction costs the same for any size. It is known before the weight\n"
-          "   is, so that one pass does the step and writes both FP8 copies.\n")
+    print("-> An amax reads the weight; a prediction costs the same for any size. It is known before the\n"
+          "   weight is, so that one pass does the step and writes both FP8 copies.\n")
 
 
 if __name__ == "__main__":
