@@ -50,8 +50,8 @@ def all_kernels():
     """Yield (name, function that compiles it) of all kernels, as their wrappers launch them."""
     from autoscale import _adamw_kernel
     from gemm_kernel import tile_shape
-    from microscale import (NORMS, _quantize_kernel, _rope_backward_kernel, _rope_kernel, _rows_kernel,
-                            _swiglu_backward_kernel, _swiglu_kernel, _transpose_kernel, power_of_two_from)
+    from microscale import (NORMS, _quantize_kernel, _rope_kernel, _rows_kernel, _swiglu_backward_kernel,
+                            _swiglu_kernel, _transpose_kernel, power_of_two_from)
     tiles, outs = [tile_shape(M, M, 132) for M in (8192, 2048, 1280, 512)], ("bf16", "fp32")
     assert len({tile[:2] for tile in tiles}) == 4
     for tile, mode, add, out in itertools.product(tiles, ("fast", "promoted"), (False, True), outs):
@@ -63,12 +63,12 @@ def all_kernels():
 
     for q in ("*fp8e4nv", "*fp8e5"):
         fixed, pointers = {"IS_E4M3": q == "*fp8e4nv"}, {"q_ptr": q, "scale_ptr": "*fp32"}
-        for x, both in itertools.product(("*bf16", "*fp32"), (True, False)):
-            rule, rows, cols = ("given", 64, 128) if both else ("fp32", 16, 256)
+        launches = ("given", 64, 128), ("fp32", 16, 256)
+        for x, (rule, rows, cols) in itertools.product(("*bf16", "*fp32"), launches):
             constants = {"GROUP": 128, "RULE": rule, "ROWS": rows, "COLS": cols, "AS_E8M0": False,
-                         "BOTH": both, "stride_c": 1, **({} if both else {"t_ptr": None}), **fixed}
-            yield f"quantize {q} {x} {both}", compile_for_hopper(
-                _quantize_kernel, {"x_ptr": x, "t_ptr": q, **pointers}, constants, 4)
+                         "stride_c": 1, **fixed}
+            yield f"quantize {q} {x} {rule}", compile_for_hopper(
+                _quantize_kernel, {"x_ptr": x, **pointers}, constants, 4)
         for norm, C in itertools.product(NORMS, (768, 4096, 11008)):
             cols = power_of_two_from(C)
             constants = {"NORM": norm, "RULE": "up", "COLS": cols, "ROWS": max(2048 // cols, 1),
@@ -87,13 +87,8 @@ def all_kernels():
         yield f"swiglu {F}", compile_for_hopper(_swiglu_kernel, types, constants, 8)
         types = {"h_ptr": fp8, "h_scale_ptr": fp32, "da_ptr": bf16, "q_ptr": fp8, "scale_ptr": fp32}
         yield f"swiglu backward {F}", compile_for_hopper(_swiglu_backward_kernel, types, constants, 8)
-    types = {"x_ptr": bf16, "cos_ptr": fp32, "sin_ptr": fp32}
+    types = {"out_ptr": bf16, "x_ptr": bf16, "cos_ptr": fp32, "sin_ptr": fp32}
     yield "rope", compile_for_hopper(_rope_kernel, types, {"HALF": 64, "ROWS": 2, "PAIRS": 1024}, 4)
-    types = {**types, "dq_ptr": bf16, "dk_ptr": bf16, "dv_ptr": bf16, "q_ptr": fp8, "scale_ptr": fp32}
-    for width, kv_width in ((2048, 2048), (2048, 512), (512, 128)):
-        constants = {"HALF": 64, "ROWS": max(1024 // width, 1), "PAIRS": width, "KV_PAIRS": kv_width}
-        yield f"rope backward {width} {kv_width}", compile_for_hopper(
-            _rope_backward_kernel, types, constants, 4)
 
     types = {name: "fp32" for name in _adamw_kernel.arg_names if name not in ("N", "K")}
     types |= {"w_ptr": fp8, "w_t_ptr": fp8, **{f"{name}_ptr": fp32 for name in ("p", "g", "m", "v", "scale")}}
@@ -137,7 +132,7 @@ def launch_at_ragged_shapes(device):
         for z in (x, random(C, R).t()):
             ms.quantize_triton(z, fmt, (1, 32), "floor")
             ms.quantize_triton(z, fmt, (1, 128), "fp32")
-        ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale, both=True)
+        ms.quantize_triton(x, fmt, (ALL, ALL), "fp32", scale)
         for kind in ms.NORMS:
             q = ms.quantize_norm_triton(x, kind, random(C) if kind == "rms" else None, fmt)
         for factor in (None, q.scale / q.scale.max()):
@@ -150,12 +145,10 @@ def launch_at_ragged_shapes(device):
         _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn))
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
         launches += 2
-    for B, T, *heads, dim in ((1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64), (2, 17, 32, 8, 128)):
-        angles = torch.randn(2, T, dim // 2, device=device).unbind()
-        ms.rope_triton_(random(B, T, heads[0], dim), *angles)
-        gradients = (random(B, T, n, dim) for n in (heads[0], heads[1], heads[1]))
-        ms.quantize_qkv_gradient_triton(*gradients, *angles)
-        launches += 2
+    for B, T, heads, dim in ((1, 1, 1, 6), (2, 5, 4, 16), (1, 3, 33, 64), (2, 17, 32, 128)):
+        x, angles = random(B, T, heads, dim), torch.randn(2, T, dim // 2, device=device).unbind()
+        ms.rope_triton(random(B, T, heads + 3, dim)[:, :, 1:-2], x, *angles)
+        launches += 1
     large = ((2181, 4104, 2320), (1290, 1304, 272)) if device == "cuda" else ()   # for the largest tiles
     for (M, N, K), (name, (_, promote)) in itertools.product(
             ((1, 1, 16), (130, 200, 272), (129, 264, 2320), *large), gk.VARIANTS.items()):

@@ -696,3 +696,15 @@ def test_temperature_zero_takes_the_likeliest_token():
 def test_texts_that_cannot_be_generated_are_refused(T, temperature):
     with pytest.raises(ValueError, match=f"{T} tokens, temperature {temperature}"):
         make().generate(tokens(1, T), 3, temperature)
+
+
+@pytest.mark.parametrize("B, T, n, kv, head_dim", [(1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64)])
+def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(B, T, n, kv, head_dim):
+    cos, sin = m.rope_table(T, head_dim, 10000.0, DEVICE)
+    qkv = torch.randn(B * T, (n + 2 * kv) * head_dim, device=DEVICE, requires_grad=True)
+    q, k, v = qkv.view(B, T, -1, head_dim).split((n, kv, kv), dim=2)
+    # as attention returns them: the tokens of a head lie together
+    dq, dk, dv = (torch.randn(B, heads, T, head_dim, device=DEVICE).transpose(1, 2) for heads in (n, kv, kv))
+    (exact,) = torch.autograd.grad((rope(q, cos, sin), rope(k, cos, sin), v), qkv, (dq, dk, dv))
+    gradient = m.qkv_gradient(dq, dk, dv, cos, sin)
+    assert ((gradient - exact).abs() <= 2**-22 * exact.abs().amax(1, keepdim=True)).all()
