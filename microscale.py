@@ -684,9 +684,9 @@ if HAS_TRITON:
         at = x_ptr + b * x_b + t * x_t + head * x_h + i
         first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        to, dtype = out_ptr + b * out_b + t * out_t + head * out_h + i, out_ptr.dtype.element_ty
-        tl.store(to, (first * cos - second * sin).to(dtype), mask=inside)
-        tl.store(to + HALF, (second * cos + first * sin).to(dtype), mask=inside)
+        to = out_ptr + b * out_b + t * out_t + head * out_h + i
+        tl.store(to, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(to + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
     def rope_triton(out, x, cos, sin):
         B, T, heads, head_dim = x.shape
