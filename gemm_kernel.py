@@ -40,7 +40,7 @@ if __name__ == "__main__" and not (torch.cuda.is_available() and torch.cuda.get_
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
-                        kernels_run_on, measured_scale, quantize, quantize_reference, transpose)
+                        kernels_run_on, quantize, quantize_reference, transpose)
 
 if HAS_TRITON:
     import triton
