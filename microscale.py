@@ -3,20 +3,8 @@ Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one s
 
     $ python microscale.py    # what each recipe keeps of a tensor; on a GPU also the time of each kernel
 
-A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. C is the axis that a
-matrix product will sum over. Words that all files use:
-
-    scale        what a stored number is multiplied by to give the value that it stands for
-    amax         max|x| over the values that share a scale
-    per token    one scale for each row of X: a row is a token
-    E8M0         a byte that holds a power of two
-    saturate     to become the largest number of the format (448 in E4M3), as all values beyond it do
-    subnormal    smaller than the smallest normal number (2^-6 in E4M3), and stored with fewer bits
-    fold         multiply scales, relative to the largest of them, into the FP8 numbers: one scale is left
-    fprop, dgrad, wgrad    the three products of a linear layer: Y = X W^T, dX = dY W, dW = dY^T X
-    SQNR         signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum error^2) dB; 6 dB are one bit
-
-The recipes differ in how many values share a scale:
+A quantizer stores X (R, C) as FP8 numbers Q (R, C) and a few scales, X ~ Q * scale. A row is a token, and C
+is the axis that a matrix product will sum over. The recipes differ in how many values share a scale:
 
     recipe   activations X, gradients dY    weights                       stands for
     moss     a power of two per token       FP32 per tensor, predicted    MOSS (arXiv 2511.05811)
@@ -24,29 +12,29 @@ The recipes differ in how many values share a scale:
     group    FP32 per 1 x 128               FP32 per 128 x 128            COAT, DeepSeek-V3
     mx       E8M0 per 1 x 32                E8M0 per 1 x 32               OCP Microscaling v1.0
 
-So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. It has
-no blocks of 32 and no scale of the whole tensor. The paper has both, for blocks X_i of 32 neighbors along C
-(`quantize_two_level`):
+E8M0 is a byte that holds a power of two. In all files amax is max|x| over the values that share a scale. To
+*fold* is to multiply scales, relative to the largest of them, into the FP8 numbers, so that one is left.
+fprop, dgrad and wgrad are the products of a linear layer: Y = X W^T, dX = dY W and dW = dY^T X.
+
+So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. The
+paper has blocks X_i of 32 neighbors along C, and a scale of the whole tensor (`quantize_two_level`):
 
     s_i = max|X_i| / 448    s = max_i s_i  (FP32)    ss_i = 2^ceil(log2(s_i / s))  (E8M0)
     Q_i = E4M3(X_i / (s ss_i))                       X_i ~ Q_i s ss_i
 
-Two observations reduce them to one power of two per token:
+Two observations reduce these two levels to one power of two per token:
 
   - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
-    if no scale changes along C. So the ss_i of a row have to be folded (`fold`). That is exact until a number
-    is subnormal, at some 2^-14 of the row's maximum. `moss` rounds under the row's scale at once: the normal
-    numbers are the same, and the others are rounded once, not twice. It never forms the ss_i.
+    if no scale changes along C. So the ss_i of a row have to be folded. That is exact until a number becomes
+    subnormal, at some 2^-14 of the row's maximum. `moss` rounds under the row's scale at once: the normal
+    numbers are the same, and the others are rounded once, not twice.
   - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
     no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
-import argparse   # its source is the text that a small transformer learns below
-import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cache, partial
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, format_of, pow2, round_to_format, uncast
@@ -60,18 +48,19 @@ except ImportError:  # macOS, Windows: all but the kernels still runs, in plain 
 
 ALL = -1               # a block that spans the whole axis
 MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so that 0 / scale = 0
+RULES = ("fp32", "floor", "up")   # by which a block gets its scale
 
 
 # ---------------------------------------------------------------------------------------------------
-# What a quantized tensor is
+# A quantized tensor, and which scale its blocks get
 
 @dataclass
 class Quantized:
     """Hold X (R, C) as FP8 `data` and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
 
     `block` is (br, bc), ALL the whole axis; a last block may be smaller. `scale` has a number for each block,
-    float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, float32 (),
-    (1, 1) or (R, 1), is the paper's first level. ValueError for other shapes. No gradient passes.
+    float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, one float32, is
+    the paper's first level. ValueError for other shapes. No gradient passes.
     """
     data: torch.Tensor
     scale: torch.Tensor
@@ -79,12 +68,11 @@ class Quantized:
     global_scale: torch.Tensor = None
 
     def __post_init__(self):
-        expected = scale_shape(self.data.shape, self.block) if self.data.dim() == 2 else "of a matrix"
-        outer = self.global_scale
-        outer_fits = outer is None or outer.shape in ((), (1, 1), (self.data.shape[0], 1))
-        if self.scale.shape != expected or not outer_fits:
-            raise ValueError(f"data {tuple(self.data.shape)} in blocks {self.block} need scales {expected}; "
-                             f"a global scale is (), (1, 1) or (R, 1): got {[*self.scale.shape]} and {outer}")
+        shape, outer = self.data.shape, self.global_scale
+        expected = scale_shape(shape, self.block) if len(shape) == 2 else "of a matrix"
+        if self.scale.shape != expected or outer is not None and outer.numel() != 1:
+            raise ValueError(f"data {tuple(shape)} in blocks {self.block} need scales {expected}, and one "
+                             f"global scale or none: got {[*self.scale.shape]} and {outer}")
         self.scale = self.scale.detach() if self.scale.requires_grad else self.scale
 
     @torch.no_grad()
@@ -119,15 +107,11 @@ def block_amax(x, block):
     """Return max|x| of every block of x (R, C), float32; 0 if x is empty. NaN and Inf stay in their block."""
     if x.numel() == 0:
         return x.new_zeros(scale_shape(x.shape, block), dtype=torch.float32)
+    if block == (ALL, ALL):   # by one reading: x.abs() would write a copy
+        return torch.linalg.vector_norm(x, float("inf")).float().view(1, 1)
     br, bc = (n if b == ALL else b for b, n in zip(block, x.shape))
     x = F.pad(x.abs().float(), (0, -x.shape[1] % bc, 0, -x.shape[0] % br))
     return x.view(x.shape[0] // br, br, x.shape[1] // bc, bc).amax(dim=(1, 3))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Which scale a block gets, and the quantizer
-
-RULES = ("fp32", "floor", "up")
 
 
 def check_name(what, name, known):
@@ -142,33 +126,20 @@ def scale_from_amax(amax, fmt, rule):
         "fp32"    amax / fmt.max                        the block's maximum becomes fmt.max
         "floor"   2^(floor(log2 amax) - fmt.emax)       OCP MX v1.0: the top of a binade saturates
         "up"      2^ceil(log2(amax / fmt.max))          MOSS: nothing saturates
-
-    The exponent is read from the bits: a floating-point log2 is off by one next to powers of two, and then a
-    value lands above fmt.max. No scale is below 2^-126, so that a block of zeros is 0 / 2^-126 = 0.
     """
     check_name("scale rule", rule, RULES)
     amax = amax.clamp(min=fmt.max * MIN_SCALE)
-    if rule == "fp32":  # divided by a tensor: by a Python number, CUDA multiplies with the rounded reciprocal
-        scale = amax / amax.new_full((), fmt.max)
-    else:
-        scale = pow2(floor_log2(amax) - fmt.emax)
-    if rule == "up":    # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed
+    # divided by a tensor: by a Python number, CUDA multiplies with the rounded reciprocal
+    scale = amax / amax.new_full((), fmt.max) if rule == "fp32" else pow2(floor_log2(amax) - fmt.emax)
+    if rule == "up":   # with k = floor(log2 amax) - emax: amax <= max * 2^k, or else 2^(k+1) is needed
         scale = torch.where(amax > fmt.max * scale, 2 * scale, scale)
     return torch.where(amax.isfinite(), scale, float("nan"))
 
 
-def measured_scale(x, fmt, rule="fp32"):
-    """Return the scale (1, 1) of the whole tensor, by one pass over it. (x.abs() would write a copy.)"""
-    amax = torch.linalg.vector_norm(x, float("inf")).float() if x.numel() else x.new_zeros(()).float()
-    return scale_from_amax(amax.view(1, 1), fmt, rule)
-
-
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
-
     C is the axis that will be summed over. For another axis, of n, pass x.movedim(axis, -1).reshape(-1, n).
-    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it.
-    """
+    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it."""
     e8m0 = scale is None and stores_e8m0(block, rule)
     scale = scale_from_amax(block_amax(x, block), fmt, rule) if scale is None else scale
     data = to_grid(x.float() * expand_blocks(1 / scale, x.shape, block), fmt)
@@ -186,7 +157,7 @@ def stores_e8m0(block, rule):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The recipes
+# The recipes. The two levels of the paper, and the fold that takes the second one out of the matrix product
 
 @dataclass(frozen=True)
 class Recipe:
@@ -216,28 +187,20 @@ RECIPES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# The two levels of the paper, and the fold that takes the second one out of the matrix product
-
-def quantize_two_level(x, fmt=E4M3, block=32, global_scale=None, global_block=(ALL, ALL)):
-    """Quantize x (R, C) with E8M0 scales ss (R, ceil(C / block)) under an FP32 global scale s.
-
-    s = max_i s_i of the tensor, or of each row with global_block = (1, ALL), unless `global_scale` is given:
-    a number or a tensor (), (1, 1) or (R, 1). Any positive one will do, while FP32 can hold max|x| / s.
-    """
-    s = scale_from_amax(block_amax(x, global_block), fmt, "fp32") if global_scale is None else global_scale
+def quantize_two_level(x, fmt=E4M3, global_scale=None):
+    """Quantize x (R, C) with E8M0 scales ss (R, ceil(C / 32)) under an FP32 global scale s: max_i s_i, or a
+    given number or tensor () or (1, 1). Any positive one will do, while FP32 can hold max|x| / s."""
+    s = scale_from_amax(block_amax(x, (ALL, ALL)), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device).detach()
-    ss = scale_from_amax(block_amax(x, (1, block)) / s, fmt, "up")
+    ss = scale_from_amax(block_amax(x, (1, 32)) / s, fmt, "up")
     if global_scale is None:  # if s was rounded down, the largest s_i / s is above 1 by a hair: not ss = 2
         ss = ss.clamp(max=1)
-    data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, block)), fmt)
-    return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, block), s)
+    data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, 32)), fmt)
+    return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, 32), s)
 
 
 def fold(q):
     """Fold two-level q into a scale per row, s times its largest ss. Exact where the number stays normal."""
-    if q.block[0] != 1:
-        raise ValueError(f"blocks {q.block} span rows: only the scales within one row can be folded")
     ss = q.scale.float()
     row = block_amax(ss, (1, ALL)).clamp(min=MIN_SCALE)                            # (R, 1)
     data = to_grid(uncast(q.data) * expand_blocks(ss / row, q.data.shape, q.block), format_of(q.data))
@@ -245,9 +208,9 @@ def fold(q):
 
 
 @torch.no_grad()
-def fold_loss(x, fmt=E4M3, block=32):
+def fold_loss(x, fmt=E4M3):
     """Return what folding costs on x (R, C): the share of values that it changes, and of energy."""
-    unfolded, folded = (quantize(x, fmt, blocks, "up").dequantize() for blocks in ((1, block), (1, ALL)))
+    unfolded, folded = (quantize(x, fmt, block, "up").dequantize() for block in ((1, 32), (1, ALL)))
     change = folded - unfolded   # unfolded: two-level with s = 1
     energy = change.square().sum() / x.float().square().sum().clamp(min=1e-38)
     return (change != 0).float().mean().nan_to_num(), energy   # nan_to_num: of an empty x 0
@@ -259,12 +222,16 @@ def saturated_share(x, q):
     return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale is rounded
 
 
-def transpose_reference(q, row_factor=None):
+def transpose(q, row_factor=None):
     """Transpose FP8 data (R, C) -> (C, R), times `row_factor` (R, 1), powers of two <= 1.
 
     The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): the scale of a row cannot leave a sum over
     rows, so all rows are brought to one scale. That is exact while the result is normal, else it is rounded.
     """
+    expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
+    expect("row_factor", row_factor, (len(q), 1), "one for each row")
+    if kernels_take(q):
+        return transpose_triton(q, row_factor)
     if row_factor is not None:
         q = cast(uncast(q) * row_factor, format_of(q))
     return q.t().contiguous()
@@ -325,23 +292,19 @@ KERNEL_WIDTHS = (32, 64, 128)   # of blocks along the summed axis; tensor cores 
 MAX_COLUMNS = 65536   # a row has to fit into the registers of one program
 MAX_ELEMENTS = 2**31  # from here on a column times its stride may exceed the 32 bits that kernels give it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@functools.cache
-def runs_kernels(device):
-    if torch.device(device).type != "cuda" or not HAS_TRITON or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+capability = cache(torch.cuda.get_device_capability)   # it is asked for before every launch
 
 
 def kernels_run_on(device):
     """Return whether our kernels run there: NVIDIA, compute capability 9.0 (Hopper) or newer, with Triton.
     ValueError for such a GPU that is not the current one, where Triton would start the kernel."""
-    index = torch.device(device).index
-    if not runs_kernels(device) or index in (None, torch.cuda.current_device()):
-        return runs_kernels(device)
-    raise ValueError(f"a tensor on {device}, while kernels start on the current GPU, cuda:"
-                     f"{torch.cuda.current_device()}: call torch.cuda.set_device({index}) first")
+    device = torch.device(device)
+    if device.type != "cuda" or not HAS_TRITON or torch.version.hip or capability(device) < (9, 0):
+        return False
+    if device.index not in (None, torch.cuda.current_device()):
+        raise ValueError(f"a tensor on {device}, while kernels start on the current GPU, cuda:"
+                         f"{torch.cuda.current_device()}: call torch.cuda.set_device({device.index}) first")
+    return True
 
 
 def kernels_take(x, fmt=E4M3):
@@ -349,52 +312,41 @@ def kernels_take(x, fmt=E4M3):
 
 
 def expect(name, x, shape, meaning, dtypes=FLOATS):
-    """Raise ValueError unless x has this shape, in which None is any size, and one of these dtypes."""
-    if x.dtype not in dtypes or x.dim() != len(shape) or any(
-            size not in (None, n) for size, n in zip(shape, x.shape)):
+    """Raise ValueError unless x has this shape, in which None is any size, and one of these dtypes. An
+    argument that is not given, None, is what is expected."""
+    if x is not None and (x.dtype not in dtypes or x.dim() != len(shape) or any(
+            size not in (None, n) for size, n in zip(shape, x.shape))):
         sizes = str(tuple(shape)).replace("None", "any")
         raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}: expected {sizes}, {meaning}"
                          f", and dtype {' or '.join(map(str, dtypes))}")
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor.
-
-    Blocks of 128 x 128, which only weights have, and widths not in KERNEL_WIDTHS are left to PyTorch.
-    """
+    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor. Blocks
+    of 128 x 128, which only weights have, and widths not in KERNEL_WIDTHS are left to PyTorch."""
     expect("x", x, (None, None), "rows that products sum along")
+    expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
     check_name("scale rule", rule, RULES)
-    if scale is None and block == (ALL, ALL):
-        scale = measured_scale(x, fmt, rule)
     if scale is not None:
-        expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
         block = (ALL, ALL)
-    if kernels_take(x, fmt):
-        if block == (1, ALL) and x.shape[1] <= MAX_COLUMNS:
-            return quantize_norm_triton(x, "none", None, fmt, rule)
-        if scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS:
-            return quantize_triton(x, fmt, block, rule, scale)
+    elif block == (ALL, ALL):
+        scale = scale_from_amax(block_amax(x, block), fmt, rule)
+    elif block == (1, ALL):
+        return quantize_norm(x, "none", None, fmt, rule)
+    if kernels_take(x, fmt) and (scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS):
+        return quantize_triton(x, fmt, block, rule, scale)
     return quantize_reference(x, fmt, block, rule, scale)
 
 
-def transpose(q, row_factor=None):
-    """Transpose FP8 data (R, C) -> (C, R), as `transpose_reference`."""
-    expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
-    if row_factor is not None:
-        expect("row_factor", row_factor, (len(q), 1), "one for each row")
-    return (transpose_triton if kernels_take(q) else transpose_reference)(q, row_factor)
-
-
-def quantize_norm(x, kind, weight=None, fmt=E4M3):
-    """Quantize norm(x) (R, C) under a power of two per row. `kind` is of NORMS; "rms" takes a weight (C)."""
+def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up"):
+    """Quantize norm(x) (R, C) under a scale per row, by `rule`. kind is of NORMS; "rms" has a weight (C)."""
     check_name("norm", kind, NORMS)
-    expect("x", x, (None, None), "rows")
-    if weight is not None:
-        expect("weight", weight, x.shape[1:], "one for each column")
+    expect("x", x, (None, None), "rows that products sum along")
+    expect("weight", weight, x.shape[1:], "one for each column")
     if kernels_take(x, fmt) and x.shape[1] <= MAX_COLUMNS:
-        return quantize_norm_triton(x, kind, weight, fmt)
+        return quantize_norm_triton(x, kind, weight, fmt, rule)
     rows = NORMS[kind](x.float(), None if weight is None else weight.float())
-    return quantize_reference(rows, fmt, (1, ALL), "up")
+    return quantize_reference(rows, fmt, (1, ALL), rule)
 
 
 def quantize_swiglu(h):
@@ -409,9 +361,8 @@ def quantize_swiglu_gradient(h, da):
     """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn).
 
     The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
-    silu is steeper, and |d up| <= |da gate|. Mostly it is the scale of the maximum, or 2 or 4 times it: this
-    costs range and no precision. (It is far larger where all gates of a row are far below zero: there the
-    gradient is next to nothing, and becomes zero.)
+    silu is steeper, and |d up| <= |da gate|. Mostly it is 1, 2 or 4 times that of the maximum, which costs no
+    precision. (Where all gates of a row are far below zero, the gradient is next to nothing, and becomes 0.)
     """
     expect("da", da, (len(h.data), None), "a gradient for each row of h")
     expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
@@ -469,11 +420,8 @@ if HAS_TRITON:
 
     @triton.jit
     def to_fp8(x, IS_E4M3: tl.constexpr = True):
-        """Cast float32 to FP8: round to nearest even, saturate, keep NaN.
-
-        One instruction casts two numbers. It is spelled out, four numbers at a time, because Triton 3.6
-        miscompiles its own cast where the bytes are stored by rows and by columns.
-        """
+        """Cast float32 to FP8: round to nearest even, saturate, keep NaN. The instruction for two numbers is
+        spelled out: Triton 3.6 miscompiles its own cast where bytes are stored by rows and by columns."""
         if INTERPRETED:
             # Adding and taking away 2^23 steps of the grid leaves x rounded to it. A step is 2^(e - mantissa
             # bits), where e is the exponent of |x|, or of the smallest normal number for all that is below.
@@ -549,14 +497,13 @@ if HAS_TRITON:
 
     def quantize_triton(x, fmt, block, rule, scale=None):
         """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (1, 1)."""
-        (R, C), e8m0 = x.shape, scale is None and stores_e8m0(block, rule)
-        rows, cols, group, groups = 64, 128, 128, 1
-        if scale is None:
+        (R, C), e8m0 = x.shape, stores_e8m0(block, rule)
+        if scale is not None:
+            rule, rows, cols, group, groups = "given", 64, 128, 128, 1
+        else:
             rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
             scale = torch.empty(R, groups, device=x.device, dtype=dtype)
-        else:
-            rule, block = "given", (ALL, ALL)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), groups, ROWS=rows,
@@ -609,11 +556,9 @@ if HAS_TRITON:
 
     @triton.jit
     def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
-        """Compute `quantize_swiglu` of one row, which is read twice, the second time out of the L2 cache.
-
-        A row in registers, as above, leaves room for one program per SM, which reads nothing while it
-        computes: 16384 rows of 22016 numbers take 640 us, and this way 346. EVICT saves another 18 us.
-        """
+        """Compute `quantize_swiglu` of one row, which is read twice, the second time out of the L2 cache. A
+        row in registers, as above, leaves room for one program per SM, which reads nothing while it computes:
+        16384 rows of 22016 numbers take 640 us, and this way 346. EVICT saves another 18 us."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
         for first in range(0, F, BLOCK):
@@ -684,9 +629,9 @@ if HAS_TRITON:
         at = x_ptr + b * x_b + t * x_t + head * x_h + i
         first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        to, dtype = out_ptr + b * out_b + t * out_t + head * out_h + i, out_ptr.dtype.element_ty
-        tl.store(to, (first * cos - second * sin).to(dtype), mask=inside)
-        tl.store(to + HALF, (second * cos + first * sin).to(dtype), mask=inside)
+        to = out_ptr + b * out_b + t * out_t + head * out_h + i
+        tl.store(to, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(to + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
     def rope_triton(out, x, cos, sin):
         B, T, heads, head_dim = x.shape
@@ -728,90 +673,54 @@ def sqnr(x, approximation, group=None):
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
 
 
-QUANTIZERS = {name: lambda x, fmt=E4M3, r=recipe: quantize_reference(x, fmt, r.act_block, r.rule)
+QUANTIZERS = {name: partial(quantize_reference, block=recipe.act_block, rule=recipe.rule)
               for name, recipe in RECIPES.items() if recipe}
-QUANTIZERS |= {"two-level": quantize_two_level,
-               "s = 1": lambda x, fmt=E4M3: quantize_two_level(x, fmt, global_scale=1.0)}
+QUANTIZERS |= {"two-level": quantize_two_level, "s = 1": partial(quantize_two_level, global_scale=1.0)}
 
 
-def synthetic_data():
+def examples(R=512, C=1024, heads=8):
+    """Return Gaussian numbers, the same in other sizes, and what a transformer layer makes of such ones."""
     torch.manual_seed(0)
-    x = torch.randn(512, 1024)
+    x, sizes = torch.randn(R, C), torch.exp(5 * torch.randn(R, 1))
+    h = torch.randn(R, 2 * C) * torch.exp(torch.randn(2 * C) / 2)   # trained channels differ as much in size
+    qkv = torch.randn(3, heads, R, 64) * torch.tensor([3, 3, 1]).view(3, 1, 1, 1)   # few tokens get attention
+    attention = F.scaled_dot_product_attention(*qkv.requires_grad_(), is_causal=True)
+    (dqkv,) = torch.autograd.grad(attention, qkv, torch.randn_like(attention))      # (3, heads, R, head_dim)
     return {"Gaussian": x,
-            "1% of channels x 50": x * torch.where(torch.arange(1024) % 100 == 0, 50, 1),
-            "one token x 10^4": x * torch.where(torch.arange(512) == 7, 1e4, 1)[:, None],
-            "token sizes log-normal": x * torch.exp(5 * torch.randn(512, 1))}
-
-
-def transformer_layer(x, linear, heads=4):
-    """x (batch, T, d) -> the same. Nothing encodes positions: causal attention tells them apart."""
-    q, k, v = linear["qkv"](F.rms_norm(x, x.shape[-1:])).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, T, d / heads)
-    x = x + linear["out"](attention.transpose(1, 2).flatten(2))
-    return x + linear["down"](swiglu(linear["gate_up"](F.rms_norm(x, x.shape[-1:]))))
-
-
-def real_data(steps=120, batch=4, T=64, d=256):
-    """Return X and dY (batch T, width) of the second of two layers, trained on the bytes of a Python file."""
-    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
-    torch.manual_seed(0)
-    sizes = {"qkv": (d, 3 * d), "out": (d, d), "gate_up": (d, 6 * d), "down": (3 * d, d)}
-    first, second = (nn.ModuleDict({n: nn.Linear(*size) for n, size in sizes.items()}) for _ in range(2))
-    embedding, head, data = nn.Embedding(256, d), nn.Linear(d, 256), {}
-
-    def keep(name):
-        return lambda _, x, y: data.update({name: (x if name[0] == "X" else y)[0].detach().flatten(0, 1)})
-    for name, linear in second.items():
-        linear.register_forward_hook(keep(f"X of {name}"))
-        linear.register_full_backward_hook(keep(f"dY of {name}"))
-    optimizer = torch.optim.AdamW(nn.ModuleList([embedding, first, second, head]).parameters(), lr=2e-3)
-    for _ in range(steps):
-        tokens = text[torch.randint(len(text) - T, (batch, 1)) + torch.arange(T + 1)].long()  # (batch, T + 1)
-        x = transformer_layer(transformer_layer(embedding(tokens[:, :-1]), first), second)
-        loss = F.cross_entropy(head(F.rms_norm(x, (d,))).transpose(1, 2), tokens[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return data
+            "1% of channels x 50": x * torch.where(torch.arange(C) % 100 == 0, 50, 1),
+            "one token x 10^4": x * torch.where(torch.arange(R) == 7, 1e4, 1)[:, None],
+            "token sizes log-normal": x * sizes,
+            "X of down: SwiGLU": swiglu(h),
+            "dY of gate_up": swiglu_gradient(h, x),
+            "dY of qkv": dqkv.permute(2, 0, 1, 3).flatten(1)}
 
 
 def move(x):
     """Return X^T (C, R) of `moss`, under one scale: the scaling-aware transpose."""
     q = QUANTIZERS["moss"](x)
     common = q.scale.amax().view(1, 1)
-    return Quantized(transpose_reference(q.data, q.scale / common), common, (ALL, ALL))
+    return Quantized(transpose(q.data, q.scale / common), common, (ALL, ALL))
 
 
 def score(x, q):
     return f"{sqnr(x, q.dequantize()):.1f} /{sqnr(x, q.dequantize(), group=32):5.1f}"
 
 
-TABLES = [("""\
-1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32. X and dY are inputs and output gradients in a
-   small transformer; qkv and gate_up read a norm, out reads the attention, down the SwiGLU product""",
-           {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTIZERS.items()}, """\
-Power-of-two scales add range to a float, and no precision: it has an exponent of its own. two-level rescues
-   what tensor pushes into the subnormals (small tokens; in dY of qkv, what attention ignores) and changes
-   nothing else; s = 1 moves a line by a fraction of a dB. moss rescues a part of what is small in its row.
-   FP32 scales store a block's maximum exactly, so group gains where few dominate; mx cuts them off."""),
-          ("2. The same with a uniform element, an 8-bit integer",
-           {n: lambda x, n=n: score(x, QUANTIZERS[n](x, INT8)) for n in ("tensor", "group", "two-level")},
-           """\
-An integer has no exponent: a scale that fits its block is precision. MOSS's Theorem 1 (tensor < group <
-   two-level) holds, over the tensor, where sizes differ much inside a group: outlier channels, X of down, dY
-   of gate_up. Elsewhere scales rounded up to powers of two cost what smaller blocks gain. For E4M3 it holds
-   nowhere over the tensor."""),
-          ("""\
-3. Folding: share of values changed, energy of the change. Then SQNR of X^T, if X is needed along both axes:
+TABLES = [
+    ("1. SQNR of E4M3 in dB: of the tensor / mean over groups of 32",
+     {name: lambda x, q=q: score(x, q(x)) for name, q in QUANTIZERS.items()},
+     "A float has an exponent of its own: power-of-two scales add range, and no precision."),
+    ("2. The same with a uniform element, an 8-bit integer",
+     {n: lambda x, q=QUANTIZERS[n]: score(x, q(x, INT8)) for n in ("tensor", "group", "two-level")},
+     "MOSS's Theorem 1 (tensor < group < two-level) holds here, over the tensor, where channels differ."),
+    ("""3. Folding: share of values changed, energy of the change. SQNR of X^T, if both axes are summed over:
    "once" from X; "twice" from the quantized X, quantized again; "moved", its FP8 numbers under one scale""",
-           {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
-            "moved": lambda x: score(x.t(), move(x)),
-            "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
-            "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
-            "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))}, """\
-Folding changes values of some 2^-14 of their row's maximum or less, few but in dY of qkv, and no energy that
-   counts. FP32 scales along both axes mean two grids: X^T from the quantized X costs some 2 dB or more on
-   real tensors. Powers of two share one grid, and so does moved, in FP8; tokens 10^4 smaller lose bits.""")]
+     {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
+      "moved": lambda x: score(x.t(), move(x)),
+      "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
+      "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
+      "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))},
+     "Powers of two along both axes share one grid. FP32 scales do not: rounding twice mostly costs 2 dB.")]
 
 
 def show_bandwidth(T=16384, d=4096, ffn=11008):
@@ -833,18 +742,15 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
     for name, (nbytes, function) in kernels.items():
-        source = torch.randn(nbytes // 4, device="cuda", dtype=torch.bfloat16)
-        target = torch.empty_like(source)
+        source, target = torch.randn(2, nbytes // 4, device="cuda", dtype=torch.bfloat16)
         ms, copy = (do_bench(f, return_mode="median") for f in (function, lambda: target.copy_(source)))
         print(f"   {name:34}{1e3 * ms:7.0f}{nbytes / ms * 1e-9:7.2f}{copy / ms:8.0%}")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the operations here are small; on a busy machine more threads only wait
-    data = synthetic_data() | real_data()
     for title, columns, reading in TABLES:
         print(f"{title}\n\n   {'':22}" + "".join(f"{name:>13}" for name in columns))
-        for name, x in data.items():
+        for name, x in examples().items():
             print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
         print(f"-> {reading}\n")
     if torch.cuda.is_available() and kernels_run_on("cuda"):

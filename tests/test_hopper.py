@@ -43,7 +43,7 @@ def launch_every_kernel(device, rows, ffns, heads, products):
         for z in (p, random(C, R).t()):
             ms.quantize_triton(z, fmt, (1, 32), "floor")
             ms.quantize_triton(z, fmt, (1, 128), "fp32")
-            ms.quantize_triton(z, fmt, (ALL, ALL), "fp32", scale, both=True)
+            ms.quantize_triton(z, fmt, (ALL, ALL), "fp32", scale)
         for kind in ms.NORMS:
             q = ms.quantize_norm_triton(x, kind, random(C) if kind == "rms" else None, fmt)
         for factor in (None, q.scale):
@@ -55,8 +55,9 @@ def launch_every_kernel(device, rows, ffns, heads, products):
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
     for B, T, n, kv, dim in heads:
         angles = torch.randn(2, T, dim // 2, device=device).unbind()
-        ms.rope_triton_(random(B, T, n, dim), *angles)
-        ms.quantize_qkv_gradient_triton(*(random(B, T, n, dim) for n in (n, kv, kv)), *angles)
+        qkv = random(B, T, n + 2 * kv, dim)
+        for out in (qkv[:, :, :n], qkv[:, :, n:n + kv]):
+            ms.rope_triton(out, random(*out.shape), *angles)
     ways = [("group", False, torch.bfloat16, False), ("mx", False, torch.bfloat16, False),
             *itertools.product(["moss"], (False, True), (torch.bfloat16, torch.float32), (False, True))]
     for (M, N, K), (recipe, promote, dtype, add) in itertools.product(products, ways):
