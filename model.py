@@ -463,13 +463,14 @@ def shares_lost(x, dy, recipe):
 
 @torch.compiler.set_stance("force_eager")
 def watch(model, tokens, targets):
-    """Return `shares_lost` of each FP8 layer for the first 512 tokens, which run layer by layer, forward and
-    backward, for this alone. Gradients that .grad holds stay as they are."""
+    """Return `shares_lost` of each FP8 layer for the first 512 tokens or so. They run layer by layer, forward
+    and backward, for this alone. Gradients that .grad holds stay as they are."""
     calls = []
     hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, *x, y)))   # unfuse
              for layer in model.linears() if layer.recipe]
-    first = slice(max(512 // tokens.shape[1], 1)), slice(512)
-    loss = model(tokens[first], targets[first])
+    T = min(tokens.shape[1], 512)
+    rows = len(tokens) if T % 16 else 512 // T   # wgrad sums over a multiple of 16 tokens
+    loss = model(tokens[:rows, :T], targets[:rows, :T])
     seen = [(recipe, x.detach().flatten(0, -2), y) for recipe, x, y in calls if y.requires_grad]
     gradients = torch.autograd.grad(loss, [y for _, _, y in seen]) if seen else ()
     for hook in hooks:

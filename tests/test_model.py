@@ -22,6 +22,7 @@ from model import PRESETS, Block, Linear, ModelConfig, Transformer
 
 TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
 WIDE = ModelConfig(vocab=512, seq=64, d=256, layers=2, heads=4, ffn=512, norm="layer")
+PRECISIONS = [(torch.bfloat16, 20)] + [(torch.float32, 45)] * (DEVICE == "cpu")   # FP32 is for CPUs
 SHARES = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}   # what is watched
 
 
@@ -187,7 +188,7 @@ def swiglu_with_gradient_at_e4m3(h):
 # Against no FP8 at all: E4M3 is 31 dB; X, W and dY together, and earlier layers, leave 20.3 or more
 @pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("B, T", [(2, 32), (16, 33)])
-@pytest.mark.parametrize("dtype, decibels", [(torch.bfloat16, 20)] + [(torch.float32, 45)] * (DEVICE == "cpu"))
+@pytest.mark.parametrize("dtype, decibels", PRECISIONS)
 def test_fused_block_equals_the_block_layer_by_layer_and_is_as_close_to_the_unquantized_one_as_e4m3_allows(
         dtype, decibels, B, T, change, monkeypatch):
     config = dataclasses.replace(TINY, **change)
@@ -249,8 +250,7 @@ def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_t
     for name in seen["none"]:
         emulated, kernels, between = (sqnr(seen[a][name], seen[b][name]) for a, b in (
             ("none", "emulated"), ("none", "moss"), ("emulated", "moss")))
-        if name != "loss":
-            assert kernels > emulated - 0.5 and between > emulated, name
+        assert name == "loss" or kernels > emulated - 0.5 and between > emulated, name
 
 
 @pytest.mark.parametrize("recompute", m.RECOMPUTE)
@@ -492,8 +492,8 @@ def test_blocks_of_all_recipes_work_in_one_model():
         layer.requantize(torch.tensor(1e-3))   # only for recipes with one scale per weight
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
     assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == 1e-3
-    keys = [shares.keys() for shares in m.watch(model, tokens(), tokens())]
-    assert keys == 3 * 4 * [{"saturated", "saturated_grad"}] + 4 * [SHARES]
+    watched = m.watch(model, tokens(48, 27), tokens(48, 27))   # 27 is no multiple of 16
+    assert [shares.keys() for shares in watched] == 3 * 4 * [{"saturated", "saturated_grad"}] + 4 * [SHARES]
 
 
 @pytest.mark.parametrize("fp8, fused", [("none", False), ("group", False), ("moss", False), ("moss", True)])
