@@ -14,7 +14,6 @@ same `--accum`, so do runs on any number of GPUs. Reading order: the options; wh
 loop; what it needs (start-up, what is watched, data, ranks, the run's folder); what else there is.
 """
 import argparse
-import bisect
 import gc
 import glob
 import itertools
@@ -31,14 +30,15 @@ import sysconfig
 import threading
 import time
 import zlib
+from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -71,15 +71,15 @@ def blaming(option):
     """Turn what goes wrong with files, shapes and settings that the user gave into a UserError."""
     try:
         yield
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError) as e:
         raise UserError(f"{option}: {str(e).partition(chr(10))[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
 
-def opt(default, help):
-    return field(default=default, metadata={"help": help})
+def opt(default, help, least=None, most=2**31):
+    return field(default=default, metadata={"help": help, "limits": (least, most)})
 
 
 @dataclass
@@ -87,33 +87,33 @@ class Config:
     # what to train; a default of None depends on the preset (DEFAULTS) or the machine (`resolve`)
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
-    layers: int = opt(None, "blocks of the model (default: the preset's)")
+    layers: int = opt(None, "blocks of the model (default: the preset's)", 1, 1000)
     data: str = opt(None, "folder, file or 'pattern' of .bin, .npy or text (default: Python's own source)")
     out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, not overwritten")
-    steps: int = opt(None, "optimizer steps of the whole run (default: by preset)")
-    batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)")
-    accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)")
-    seq: int = opt(None, "tokens per sequence (default: the preset's)")
+    steps: int = opt(None, "optimizer steps of the whole run (default: by preset)", 1)
+    batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)", 1)
+    accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)", 1)
+    seq: int = opt(None, "tokens per sequence (default: the preset's)", 1, 2**24)
     # optimizer: AdamW
-    lr: float = opt(None, "peak learning rate; falls to a tenth along a cosine (default: by preset)")
-    warmup: int = opt(None, "steps of linear warm-up (default: a tenth of the steps, at most 2000)")
-    beta1: float = opt(0.9, "decay of the gradient's mean")
-    beta2: float = opt(0.95, "decay of the gradient's square")
-    weight_decay: float = opt(0.1, "decoupled weight decay, not on norms")
-    clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it")
-    rescale_interval: int = opt(500, "steps between measurements of predicted weight scales; 0 = never")
-    spike: float = opt(100, "skip a step whose gradient norm is so many times the median of 100; 0 = never")
-    max_skips: int = opt(5, "stop after so many skipped steps in a row: spikes, or a loss that is not finite")
+    lr: float = opt(None, "peak learning rate; a cosine takes it to a tenth (default: by preset)", 1e-30, 10)
+    warmup: int = opt(None, "steps of linear warm-up (default: a tenth of the steps, at most 2000)", 0)
+    beta1: float = opt(0.9, "decay of the gradient's mean", 0, 1 - 1e-9)
+    beta2: float = opt(0.95, "decay of the gradient's square", 0, 1 - 1e-9)
+    weight_decay: float = opt(0.1, "decoupled weight decay, not on norms", 0, 10)
+    clip: float = opt(1.0, "largest norm of the gradient; a larger one is scaled down to it", 1e-30, 1e30)
+    rescale_interval: int = opt(500, "steps between measurements of predicted weight scales; 0 = never", 0)
+    spike: float = opt(100, "skip a step whose gradient norm is so many times the median; 0 = never", 0, 1e30)
+    max_skips: int = opt(5, "stop after so many skipped steps in a row: spikes, or a loss not finite", 1)
     # watching and saving
-    log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl")
-    eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth, at most 250)")
-    eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together")
-    keep: int = opt(2, "checkpoints to keep, the newest ones")
+    log_every: int = opt(10, "steps between lines on the terminal and in log.jsonl", 1)
+    eval_every: int = opt(None, "steps between evaluations and checkpoints (default: a fifth, up to 250)", 1)
+    eval_batches: int = opt(16, "micro-batches per evaluation, over all ranks together", 1, 2**20)
+    keep: int = opt(2, "checkpoints to keep, the newest ones", 1)
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share of the layers; for moss")
-    seed: int = opt(1337, "of the initial weights and of the order of the data")
+    seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
     resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options, or begin")
@@ -125,19 +125,12 @@ class Config:
 
 
 MODES = ("resume", "eval_only", "sample", "plot", "bench")
-OF_THE_ORDER = ("data", "batch", "accum", "seq", "seed")   # what decides which windows a step reads
 DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; two fit a coffee break
     "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
-LIMITS = {   # the least and the most that make sense
-    **dict.fromkeys("batch accum steps log_every eval_every max_skips keep".split(), (1, 2**31)),
-    "layers": (1, 1000), "seq": (1, 2**24), "eval_batches": (1, 2**20),
-    "warmup": (0, 2**31), "rescale_interval": (0, 2**31),
-    "lr": (1e-30, 10), "clip": (1e-30, 1e30), "spike": (0, 1e30), "weight_decay": (0, 10),
-    "beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
 
 
 def parse_config(argv=None):
@@ -162,16 +155,15 @@ def parse_config(argv=None):
 def recall(c, saved, say):
     """Take the options that the command line does not give from a checkpoint's run. Say what differs."""
     for name, value in saved.items():
-        if name in (*MODES, "out", "device"):
+        if name in (*MODES, "out", "device") or not hasattr(c, name):   # an option may have left since
             continue
-        if not hasattr(c, name):
-            say(f"note: the run had --{name} {value}, an option that does not exist any more")
-        elif name not in c.given:
+        if name not in c.given:
             setattr(c, name, value)
         elif getattr(c, name) != value:
             need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
-            order = "; windows of data are read in another order" if name in OF_THE_ORDER else ""
-            say(f"note: --{name} was {value} and is now {getattr(c, name)}{order}")
+            order = name in ("data", "batch", "accum", "seq", "seed")
+            say(f"note: --{name} was {value} and is now {getattr(c, name)}"
+                + "; windows of data are read in another order" * order)
 
 
 def resolve(c, device, world):
@@ -189,11 +181,10 @@ def resolve(c, device, world):
             setattr(c, name, max(value, world) if name == "accum" else value)
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
-    for name, (least, most) in LIMITS.items():
-        need(least <= getattr(c, name) <= most,
-             f"--{name} {getattr(c, name)} must lie between {least:g} and {most:g}")
-    need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
-         f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
+    for f in fields(c):
+        (least, most), value = f.metadata["limits"], getattr(c, f.name)
+        if least is not None:
+            need(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
          f"{c.fp8} needs to sum over them: change --batch or --seq")
@@ -207,7 +198,7 @@ def resolve(c, device, world):
 # ------------------------------------------------------------------------------------------------------------
 # What FP8 adds to training: weight scales, and FP8 copies of the weights, made once per optimizer step
 
-def make_optimizer(model, c, shards=None):
+def make_optimizer(model, c, mine=lambda p: True):
     """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
 
     Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well.
@@ -215,7 +206,7 @@ def make_optimizer(model, c, shards=None):
     layers = {layer.weight: layer for layer in model.linears() if layer.recipe}
     kinds = [], [], []
     for p in model.parameters():
-        if p.requires_grad and (shards is None or shards.mine(p)):
+        if p.requires_grad and mine(p):
             kinds[0 if p in layers else 1 if p.dim() >= 2 else 2].append(p)
     groups = [{"params": params, "weight_decay": decay}
               for params, decay in zip(kinds, (c.weight_decay, c.weight_decay, 0.0)) if params]
@@ -237,29 +228,30 @@ def make_scales(model, optimizer, c):
     return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
 
 
-def requantize(model, scales, shards=None):
-    """Make the FP8 copies of all weights anew; with shards, of those that this rank owns."""
-    for i, layer in enumerate(model.linears()):
-        if shards is None or shards.mine(layer.weight):
-            layer.requantize(None if scales is None else scales.scale[i])
+def requantize(run):
+    """Make the FP8 copies of all weights anew, or of those that this rank owns."""
+    for i, layer in enumerate(run.model.linears()):
+        if run.mine(layer.weight):
+            layer.requantize(None if run.scales is None else run.scales.scale[i])
 
 
-def update_weights(optimizer, model, scales, lr, update, c, shards=None):
+def update_weights(run, lr, update):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
 
     A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
     that is measured, at each step or once in --rescale_interval, waits for them, as do the copies.
     """
+    c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
-    optimizer.step()
+    run.optimizer.step()
     if scales and measured:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
-    if measured or not getattr(optimizer, "layers", None):   # else FP8AdamW has written the copies
-        requantize(model, scales, shards)
-    if shards:
-        shards.share(scales, measured)
+    if measured or not getattr(run.optimizer, "layers", None):   # else FP8AdamW has written the copies
+        requantize(run)
+    if run.shards:
+        run.shards.share(scales, measured)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,33 +265,31 @@ def learning_rate(step, c):
     return c.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def forward_backward(model, batches, step, c, ranks, shards=None, watching=None):
+def forward_backward(run, step):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks. Return this rank's
-    share of the mean loss. What the layers lose in the last micro-batch is added to the list `watching`."""
-    loss_sum = torch.zeros((), device=ranks.device)
+    share of the mean loss, and its last (tokens, targets)."""
+    c, ranks, shards, loss_sum = run.c, run.ranks, run.shards, torch.zeros((), device=run.ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
-        tokens, targets = batches.step(step, micro, ranks.device)
+        tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
-        for layer in getattr(model, "module", model).linears():
+        for layer in run.model.linears():
             layer.accumulates = not sends   # DDP and shards wait for gradients in autograd's hooks
         if shards:
             shards.sending = sends
-        with model.no_sync() if ranks.world > 1 and not shards and not sends else nullcontext():
-            loss = model(tokens, targets)
+        with nullcontext() if run.ddp is run.model or sends else run.ddp.no_sync():
+            loss = run.ddp(tokens, targets)
             (loss / len(mine)).backward()   # DDP averages over the ranks, and so do shards
         loss_sum += loss.detach() / c.accum
-    if watching is not None and c.fp8 != "none":
-        watching += watch(getattr(model, "module", model), tokens, targets)
-    return loss_sum
+    return loss_sum, (tokens, targets)
 
 
-def evaluate(model, batches, ranks, gradient=False):
+def evaluate(run, gradient=False):
     """Return the mean validation loss of all ranks, in nats per token. `gradient` adds up the gradients."""
-    total, count = torch.zeros((), device=ranks.device), batches.config.eval_batches
+    total, count = torch.zeros((), device=run.ranks.device), run.c.eval_batches
     with torch.set_grad_enabled(gradient):
-        for i in range(ranks.rank, count, ranks.world):
-            loss = model(*batches.evaluation(i, ranks.device))
+        for i in range(run.ranks.rank, count, run.ranks.world):
+            loss = run.model(*run.val_batches.evaluation(i, run.ranks.device))
             if gradient:
                 loss.backward()
             total += loss.detach()
@@ -309,39 +299,32 @@ def evaluate(model, batches, ranks, gradient=False):
 def train(config):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, c, saved = start(config)
-    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
-    # is drawn while training, so a checkpoint holds this, weights, moments and scales, and no more.
-    progress = SimpleNamespace(**saved["progress"] if saved else dict(step=0, updates=0, skipped=0, norms=[]))
-    say = ranks.say
-    if progress.step >= c.steps:
-        say(f"{saved['path']} is at step {progress.step} of {c.steps}: the run is done; raise --steps")
-        return None
-    check_folders(c)
+    if saved and saved["step"] >= c.steps:
+        return ranks.say(f"{saved['path']} is at step {saved['step']} of {c.steps}: the run is done; "
+                         f"raise --steps")
     run = prepare(c, ranks, saved)
-    run.progress, model = progress, run.model
-    run.ddp = data_parallel(model, ranks.device) if ranks.world > 1 and not run.shards else model
-    say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    say("model   {}: {:,} parameters, vocabulary {}; {:,} training and {:,} validation tokens of {}".format(
-        c.model, sum(p.numel() for p in model.parameters()), model.config.vocab, len(run.batches.tokens),
-        len(run.val_batches.tokens), c.data or "Python's own source"))
-    say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
+    if ranks.world > 1 and not run.shards:
+        run.ddp = data_parallel(run.model, ranks.device)
+    ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
+    ranks.say(f"model   {c.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, vocabulary "
+              f"{run.model.config.vocab}; {len(run.batches.tokens):,} training and "
+              f"{len(run.val_batches.tokens):,} validation tokens of {c.data or 'Python source code'}")
+    ranks.say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
-        say(f"resumed {saved['path']} at step {progress.step}; {len(saved['files'])} ranks wrote it, "
-            f"{ranks.world} go on")
-        if saved.get("tokens") != len(run.batches.tokens):
-            say(f"note: --data had {saved.get('tokens')} training tokens: windows are read in another order")
+        ranks.say(f"resumed {saved['path']}, which {saved['ranks']} ranks wrote, on {ranks.world}")
+        if saved["tokens"] != len(run.batches.tokens):
+            ranks.say(f"note: --data had {saved['tokens']} training tokens: windows come in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
-    run.val_loss = evaluate(model, run.val_batches, ranks)
-    say(f"step {progress.step:>{len(str(c.steps))}}/{c.steps}  validation loss {run.val_loss:.4f}")
-    with run_folder(c, ranks, progress.step) as log:   # from here on files are written
+    run.val_loss = evaluate(run)
+    ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {run.val_loss:.4f}")
+    with run_folder(c, ranks, run.progress.step) as log:   # from here on files are written
         return loop(run, log)
 
 
 def loop(run, log):
     """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
-    c, ranks, model, shards, progress = run.c, run.ranks, run.model, run.shards, run.progress
-    device, say, saver = ranks.device, ranks.say, Saver(Path(c.out), c.keep, ranks)
-    trained = [p for p in model.parameters() if p.requires_grad and (not shards or shards.mine(p))]
+    c, ranks, model, progress, saver = run.c, run.ranks, run.model, run.progress, Saver(run)
+    trained = [p for p in model.parameters() if p.requires_grad and run.mine(p)]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
@@ -349,17 +332,15 @@ def loop(run, log):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        shares = [] if logging else None
-        loss = forward_backward(run.ddp, run.batches, step, c, ranks, shards, watching=shares)
-        if device.type == "cuda":   # which is still busy: read ahead
-            run.batches.step(step + 1, ranks.rank, device)
-        health = scale_health(model, run.scales, shares, shards) if logging else {}
-        norm = shards.norm() if shards else get_total_norm([p.grad for p in trained if p.grad is not None])
-        # All ranks learn the mean loss, whether one was told to stop, and how many have written their part of
-        # a checkpoint: the one wait for the GPU in a step.
-        flags = loss.new_tensor([float(stop.received), float(saver.written())])
-        shared = all_reduce(torch.cat((loss.view(1), flags)))
-        loss, stopping, written, norm_value = torch.cat((shared, norm.view(1))).tolist()
+        loss, last_batch = forward_backward(run, step)
+        if ranks.device.type == "cuda":   # which is still busy: read ahead
+            run.batches.step(step + 1, ranks.rank, ranks.device)
+        health = scale_health(run, *last_batch) if logging else {}
+        norm = run.shards.norm() if run.shards else get_total_norm([p.grad for p in trained
+                                                                   if p.grad is not None])
+        # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
+        shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
+        loss, stopping, norm_value = torch.cat((shared, norm.view(1))).tolist()
 
         watched = c.spike and len(progress.norms) >= 20
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
@@ -367,15 +348,14 @@ def loop(run, log):
             progress.updates, in_a_row = progress.updates + 1, 0
             progress.norms = [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
-            update_weights(run.optimizer, model, run.scales, lr, progress.updates, c, shards)
+            update_weights(run, lr, progress.updates)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
-            say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
+            ranks.say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
             if in_a_row >= c.max_skips:
                 saver.finish()
-                first = f"a gradient of over --spike {c.spike} times the median"
-                if not math.isfinite(loss + norm_value):
-                    first = first_non_finite(model, *run.batches.step(step, ranks.rank, device))
+                first = (f"a gradient of over --spike {c.spike} times the median"
+                         if math.isfinite(loss + norm_value) else first_non_finite(run, step))
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
                                f"look at the data; {last_good(c.out)}")
         model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
@@ -384,42 +364,37 @@ def loop(run, log):
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            run.val_loss = evaluate(model, run.val_batches, ranks)
+            run.val_loss = evaluate(run)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
         if ending or evaluating and not in_a_row:
-            saver.save(own_state(run), {"step": step, "progress": dict(vars(progress)), "config": asdict(c),
-                                        "model_config": asdict(model.config),
-                                        "tokens": len(run.batches.tokens)})
-        elif written == ranks.world:
-            saver.finish()
+            saver.save()
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (now - last_time)   # of training alone
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
                       "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
                       **({"val_loss": run.val_loss} if evaluating else {}),
-                      **mfu(model, speed / ranks.world, device)}
+                      **mfu(model, speed / ranks.world, ranks.device)}
             log(record)
-            say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
+            ranks.say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
     seconds = time.perf_counter() - started
     if not saver.finish():
         raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
     if progress.step < c.steps:
-        say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
-        return None
+        return ranks.say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
     if ranks.rank == 0:
-        say(f"\n--- sample ---\n{sample(model, run.val_batches, device, c.seed)}\n--- summary ---")
-    summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, device), "steps": step,
+        ranks.say(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
+    summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
                "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
                "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
-    if device.type == "cuda":
-        summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    if ranks.device.type == "cuda":
+        summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for key, value in summary.items():
-        say(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
+        ranks.say(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
     return summary
 
 
@@ -427,7 +402,7 @@ def loop(run, log):
 # Before the loop: from options, or from a checkpoint, to what it needs
 
 def start(config):
-    """Return Ranks, the resolved Config, and the manifest of the checkpoint that it asks for, or None."""
+    """Return Ranks, the resolved Config, and what the checkpoint that it asks for holds, or None."""
     ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
     saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
     if saved:
@@ -450,70 +425,77 @@ def make_model(c, device, vocab=None):
     return model
 
 
-def build(c, device):
-    """Return (model, training Batches, validation Batches)."""
-    with blaming("--data"):
-        train_tokens, val_tokens, vocab = open_data(c.data)
-    known = vocab or PRESETS[c.model].vocab
-    batches = [Batches(tokens, c, known) for tokens in (train_tokens, val_tokens)]
+def build(c, ranks, vocab=None, saved=None):
+    """Return all that computes: model, optimizer, scales and shards, from the checkpoint `saved` if given."""
     torch.manual_seed(c.seed)
-    return make_model(c, device, vocab), *batches
-
-
-def prepare(c, ranks, saved=None):
-    """Build model, data, optimizer and scales. Load the checkpoint of the manifest `saved`, if given."""
-    model, batches, val_batches = build(c, ranks.device)
-    check_same([asdict(replace(c, device=None, data=None, out=None)),   # paths may differ between nodes
-                len(batches.tokens), len(val_batches.tokens)],
-               "options or data: start all with the same command, and give every node all files of --data")
+    model = make_model(c, ranks.device, vocab)
     for p in model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     owner = owners(model, ranks.world)
-    shards = Shards(model, owner, ranks) if c.shard and ranks.world > 1 else None
-    optimizer = make_optimizer(model, c, shards)
-    scales = make_scales(model, optimizer, c)
+    run = SimpleNamespace(c=c, ranks=ranks, model=model, ddp=model, owner=owner, shards=None,
+                          mine=lambda p: True)   # whether this rank steps p
+    if c.shard and ranks.world > 1:
+        run.shards, run.mine = Shards(model, owner, ranks), lambda p: owner[p] == ranks.rank
+    run.optimizer = make_optimizer(model, c, run.mine)
+    run.scales = make_scales(model, run.optimizer, c)
+    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
+    # is drawn while training, so a checkpoint holds this, weights, moments and scales, and no more.
+    run.progress = SimpleNamespace(step=0, updates=0, skipped=0, norms=[])
     if saved:
-        restore(saved, model, optimizer, scales, c, shards)
-    requantize(model, scales, shards)
-    if shards:
-        shards.share(scales, measured=True)
-    return SimpleNamespace(c=c, ranks=ranks, model=model, batches=batches, val_batches=val_batches,
-                           owner=owner, shards=shards, optimizer=optimizer, scales=scales)
+        restore(run, saved)
+    requantize(run)
+    if run.shards:
+        run.shards.share(run.scales, measured=True)
+    return run
+
+
+def prepare(c, ranks, saved=None):
+    """Return `build` with training and validation Batches."""
+    with blaming("--data"):
+        *parts, vocab = open_data(c.data)
+    check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
+               "options or data: start all with the same command, and give every node all files of --data")
+    batches = [Batches(tokens, c, vocab or PRESETS[c.model].vocab) for tokens in parts]
+    run = build(c, ranks, vocab, saved)
+    run.batches, run.val_batches = batches
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is watched
 
-def scale_health(model, scales, records, shards=None):
-    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the means of
-    what `watch` has recorded of each layer."""
+def scale_health(run, tokens, targets):
+    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the shares of
+    values that quantizing changes in the layers (`watch`)."""
     health = {}
-    if scales is not None:
-        ratio = scales.headroom()
-        mine = torch.tensor([shards is None or shards.mine(w) for w in scales.weights], device=ratio.device)
+    if run.scales is not None:
+        mine = torch.tensor([run.mine(w) for w in run.scales.weights], device=run.ranks.device)
+        ratio = run.scales.headroom()
         ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
-        most, minus_least = (all_reduce(ends, dist.ReduceOp.MAX) if shards else ends).tolist()
+        most, minus_least = all_reduce(ends, dist.ReduceOp.MAX).tolist()
         health.update(scale_ratio=most, scale_ratio_min=-minus_least)
-    for key in dict.fromkeys(key for record in records for key in record):
-        health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
+    if run.c.fp8 != "none":
+        records = watch(run.model, tokens, targets)
+        for key in dict.fromkeys(key for record in records for key in record):
+            health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
     return health
 
 
 @torch.no_grad()
-def first_non_finite(model, tokens, targets):
+def first_non_finite(run, step):
     """Return what is not finite: the first such output of a layer, else the first gradient from the end."""
     def look(name, x):
         if x is not None and not x.isfinite().all():
             bad.append(name)
     bad = []   # hooks and `fused` stay as they are made here: the run ends
-    for name, module in model.named_modules():
+    for name, module in run.model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
-    for block in model.blocks:
+    for block in run.model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
-        model(tokens, targets)
-    for name, p in reversed(list(model.named_parameters())):
+        run.model(*run.batches.step(step, run.ranks.rank, run.ranks.device))
+    for name, p in reversed(list(run.model.named_parameters())):
         look(f"the gradient of {name}", p.grad)
     return bad[0] if bad else "the loss or the norm of the gradient"
 
@@ -550,20 +532,21 @@ def mfu(model, tokens_per_s, device):
     return {"mfu": round(tokens_per_s * flops_per_token(model) / peak, 4)} if peak else {}
 
 
-def sample(model, batches, device, seed, prompt=None, count=200):
+def sample(run, prompt=None, count=200):
     """Return what the model writes after `prompt`: "def ", or the first 16 tokens of the validation data."""
-    is_text = batches.tokens.dtype == np.uint8
+    tokens, vocab, device = run.val_batches.tokens, run.model.config.vocab, run.ranks.device
+    is_text = tokens.dtype == np.uint8
     if is_text:
         ids = list(os.fsencode("def " if prompt is None else prompt))
     elif prompt is None:
-        ids = batches.tokens.read(0, min(16, len(batches.tokens))).tolist()
+        ids = tokens.read(0, min(16, len(tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
-    need(ids and all(0 <= i < model.config.vocab for i in ids),
-         f"--sample {prompt}: this model reads token ids below {model.config.vocab}, give some of them")
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
-    return bytes(tokens).decode("utf-8", "replace") if is_text else " ".join(map(str, tokens))
+    need(ids and all(0 <= i < vocab for i in ids),
+         f"--sample {prompt}: this model reads token ids below {vocab}, give some of them")
+    generator = torch.Generator(device).manual_seed(run.c.seed)
+    written = run.model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
+    return bytes(written).decode("utf-8", "replace") if is_text else " ".join(map(str, written))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -579,17 +562,17 @@ class Tokens:
     def __len__(self):
         return self.ends[-1] if self.ends else 0
 
-    def read(self, start, count, vocab=None):
+    def read(self, start, count, vocab=math.inf):
         """Return tokens start ... start + count - 1 as int64. UserError for one outside the vocabulary."""
         pieces, stop = [], start + count
         while start < stop:
-            i = bisect.bisect(self.ends, start)
+            i = bisect(self.ends, start)
             path, offset, size = self.files[i]
             skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
             offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
             with blaming(f"--data: {path} has changed"):
                 piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
-            for token in piece[(piece < 0) | (piece >= (vocab or math.inf))][:1]:
+            for token in piece[(piece < 0) | (piece >= vocab)][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
                                 f"is this the right data for --model?")
             pieces.append(piece)
@@ -601,11 +584,8 @@ def token_file(path):
     """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
-        try:
-            array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as e:   # ValueError mostly, but its header is parsed as Python
-            reason = str(e).partition("\n")[0]
-            raise UserError(f"--data: {path} is no .npy file ({reason}): use numpy.save") from None
+        array, reason = attempt(np.lib.format.open_memmap, path, "r")
+        need(array is not None, f"--data: {path} is no .npy file ({reason}): use numpy.save")
         need(array.ndim == 1 and array.dtype.kind in "iu",
              f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
         return (path, array.offset, len(array)), array.dtype
@@ -631,9 +611,6 @@ def files_below(root):
     return found
 
 
-NAMES_OF_RUNS = "step_[0-9]{8,}([.](tmp|[0-9]+))?|log[.](jsonl|tmp)"   # what they write is no data
-
-
 def data_files(source):
     """Return (the files that --data names, each once, in a fixed order; the folder that holds them)."""
     root = Path(source or sysconfig.get_paths()["stdlib"])
@@ -645,9 +622,8 @@ def data_files(source):
         if glob.has_magic(str(root.parent)) or root.name == "**":   # glob passes over what it cannot read
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()
-             and not any(re.fullmatch(NAMES_OF_RUNS, part) for part in p.relative_to(top).parts)]
-    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)
+    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()]
+    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)   # each once
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
 
@@ -705,7 +681,6 @@ class Batches:
         self.windows = (len(tokens) - 1) // config.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
                                f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
-        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64."""
@@ -780,8 +755,8 @@ def start_ranks(name):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    try:   # 30 minutes: ranks may wait while a checkpoint is written
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(minutes=30), device_id=device if gpu else None)
@@ -797,11 +772,11 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
-def gather(thing):
+def gather(thing, group=None):
     """Return the list of what all ranks have."""
     things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        dist.all_gather_object(things, thing)
+        dist.all_gather_object(things, thing, group)
     return things
 
 
@@ -918,7 +893,8 @@ def last_good(out):
 
 
 def own_state(run):
-    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
+    """Return what this rank writes to a checkpoint: copies, in the CPU's memory, of the weights and moments
+    that it owns; and what all know."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
         return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
     kept = [(name, key, x) for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank
@@ -927,104 +903,93 @@ def own_state(run):
     with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
         for (name, key, _), x in zip(kept, pool.map(copy, (x for _, _, x in kept))):
             own[name][key] = x
-    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
+    return {"parameters": own, "scales": run.scales and run.scales.state_dict(), "ranks": run.ranks.world,
+            "step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
+            "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
 
 
-def sums(path):
-    """Return [size in bytes, CRC32] of a file."""
-    data = np.memmap(path, mode="r")
-    return [len(data), zlib.crc32(data)]
+def attempt(function, *args):
+    """Return (what the function returns, None), or (None, what went wrong as text)."""
+    try:
+        return function(*args), None
+    except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing passes for success
+        return None, f"{type(e).__name__}: {e}".partition("\n")[0]
 
 
 class Saver:
     """Write checkpoints in the background, while training goes on. All ranks call its methods together.
 
-    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
-    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
+    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 renames
+    the folder: a crash leaves a whole checkpoint or none. A file is a zip archive, with a checksum of each
+    part.
     """
 
-    def __init__(self, out, keep, ranks):
-        self.out, self.keep, self.ranks, self.thread, self.ok = out, keep, ranks, None, True
+    def __init__(self, run):
+        self.run, self.out, self.thread, self.ok = run, Path(run.c.out), None, True
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the threads
 
-    def save(self, own, content):
-        """Begin to write. `own` must not change any more; `content` goes into the manifest."""
+    def save(self):
+        """Copy what this rank writes, and begin to write it."""
         self.finish()
-        self.content, self.folder = content, self.out / f"step_{content['step']:08}.tmp"
-        self.thread = threading.Thread(target=self.write, args=(own,))
+        self.thread = threading.Thread(target=self.write, args=(own_state(self.run),))
         self.thread.start()
-
-    def write(self, own):
-        try:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"rank_{self.ranks.rank}.pt"
-            torch.save(own, path)
-            with open(path) as f:
-                os.fsync(f.fileno())
-            self.result = {path.name: sums(path)}
-        except Exception as e:   # a full disk is a RuntimeError of torch.save; nothing passes for success
-            self.result = f"{type(e).__name__}: {e}".partition("\n")[0]
-
-    def written(self):
-        """Return whether this rank has written its file of a checkpoint that is not finished yet."""
-        return self.thread is not None and not self.thread.is_alive()
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        if self.thread is None:
-            return self.ok
-        self.thread.join()
-        self.thread, results = None, gather(self.result)
-        error = next((result for result in results if isinstance(result, str)), None)
-        if not error:   # the rest is rank 0's
-            error = gather(self.commit(results) if self.ranks.rank == 0 else None)[0]
-        self.ok = error is None
-        if error:
-            self.ranks.say(f"warning: the checkpoint of step {self.content['step']} could not be written "
-                           f"({error}): make room in {self.out}; {last_good(self.out)}")
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.thread:
+            self.thread.join()
         return self.ok
 
-    def commit(self, results):
-        """Write the manifest, rename the folder, remove old ones. Return an error as text, or None."""
-        files = {name: read for result in results for name, read in result.items()}
-        content = {**self.content, "files": files}
-        try:
-            with open(self.folder / "manifest.json", "w") as f:
-                json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.rename(self.folder, self.folder.with_suffix(""))
-            for old in checkpoints(self.out)[self.keep:]:   # what is half removed must not look whole
-                gone = old.rename(old.with_suffix(".tmp"))
-                threading.Thread(target=shutil.rmtree, args=(gone, True)).start()
-        except OSError as e:
-            return f"{type(e).__name__}: {e.strerror}"
+    def write(self, state):
+        folder, rank = self.out / f"step_{state['step']:08}.tmp", self.run.ranks.rank
+        error = self.first_error(attempt(write_file, folder / f"rank_{rank}.pt", state)[1])
+        error = error or self.first_error(attempt(self.commit, folder)[1] if rank == 0 else None)
+        self.ok = not error
+        if error:
+            self.run.ranks.say(f"warning: the checkpoint of step {state['step']} could not be written "
+                               f"({error}): make room in {self.out}; {last_good(self.out)}")
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def first_error(self, error):
+        """Return the first error of all ranks, None if there is none."""
+        errors, lost = attempt(gather, error, self.group)
+        return lost or next(filter(None, errors), None)
+
+    def commit(self, folder):
+        folder.rename(folder.with_suffix(""))
+        for old in checkpoints(self.out)[self.run.c.keep:]:   # what is half removed must not look whole
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
 
 
-def read_manifest(path, ranks):
-    """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    content = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
-        raise ValueError("the checksum of its manifest is wrong")
-    if content["step"] != int(path.name[5:]):
-        raise ValueError(f"it was written as that of step {content['step']}")
-    for i, (name, written) in enumerate(content["files"].items()):
-        if i % ranks.world == ranks.rank and sums(path / name) != written:
-            raise ValueError(f"{name} is not what was written")
-    return {**content, "path": path}
+def write_file(path, state):
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+    with open(path) as f:
+        os.fsync(f.fileno())
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_checkpoint(path, ranks):
+    """Return what rank 0 wrote. Raise what is wrong with it, or with the files that this rank checks."""
+    saved = load(path / "rank_0.pt")
+    if saved["step"] != int(path.name[5:]):
+        raise ValueError(f"it was written as that of step {saved['step']}")
+    for i in range(ranks.rank, saved["ranks"], ranks.world):
+        with ZipFile(path / f"rank_{i}.pt") as archive:
+            if archive.testzip():
+                raise ValueError(f"rank_{i}.pt is not what was written")
+    return {**saved, "path": path}
 
 
 def newest_checkpoint(out, ranks):
-    """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
+    """Return what rank 0 wrote of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
     check_same([path.name for path in found], f"checkpoints: --out {out} is not a folder that all nodes see")
     for path in found:
-        damage = None
-        try:
-            saved = read_manifest(path, ranks)
-        except (OSError, ValueError, LookupError, TypeError) as e:
-            damage = f"{type(e).__name__}: {e}"
+        saved, damage = attempt(read_checkpoint, path, ranks)
         damage = next(filter(None, gather(damage)), None)
         if not damage:
             return saved
@@ -1033,71 +998,55 @@ def newest_checkpoint(out, ranks):
 
 
 @torch.no_grad()
-def restore(saved, model, optimizer, scales, c, shards=None):
+def restore(run, saved):
     """Restore weights and scales; to go on training, Adam's moments too. All by name, and bit for bit.
 
     Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
     """
-    for name, value in asdict(model.config).items():
+    for name, value in asdict(run.model.config).items():
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value,
              f"{saved['path']} holds a model with {name} = {was}, not {value}: "
              f"use the --model, --layers and --data of that run")
-    parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
-             for name in saved["files"]]
-    kept = {name: values for part in parts for name, values in part["parameters"].items()}
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
+    kept = {}
+    for i in range(saved["ranks"]):
+        kept |= load(saved["path"] / f"rank_{i}.pt")["parameters"]
+    group_of = {p: group for group in run.optimizer.param_groups for p in group["params"]}
+    for name, p in run.model.named_parameters():
         weight = kept[name].pop("weight")
-        if not shards or shards.mine(p):
+        if run.mine(p):
             p.copy_(weight)
-        for key, value in kept[name].items() if c.resume and p in group_of else ():
+        for key, value in kept[name].items() if run.c.resume and p in group_of else ():
             # A step count lies on the CPU, but for PyTorch's fused AdamW.
             device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
-            optimizer.state[p][key] = value.to(device, copy=True)
-    if scales:
-        same = saved["config"]["fp8"] == c.fp8
+            run.optimizer.state[p][key] = value.to(device, copy=True)
+    if run.c.resume:
+        run.progress = SimpleNamespace(**saved["progress"])
+    if run.scales:
+        same = saved["config"]["fp8"] == run.c.fp8
         if same:
-            scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
-        if not same or all_reduce(-scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
-            scales.rescale()
-
-
-def check_folders(c):
-    """Raise UserError for folders that cannot be written, or whose renaming would take other things along."""
-    for option, folder in (("out", c.out), ("tensorboard", c.tensorboard)):
-        path = Path(folder or ".").absolute()
-        with blaming(f"--{option}"):
-            nearest = next(p for p in (path, *path.parents) if p.exists())
-        need(nearest.is_dir() and os.access(nearest, os.W_OK),
-             f"--{option} {folder} cannot be written, because of {nearest}: choose another folder")
-    for path in map(os.path.realpath, (".", c.data or ".")):
-        need(not Path(path).is_relative_to(os.path.realpath(c.out)),
-             f"--out {c.out} holds {path}, and the next run renames it: give a folder of its own")
-    need(not c.tensorboard or find_spec("tensorboard"), "--tensorboard needs it: pip install tensorboard")
+            run.scales.load_state_dict(saved["scales"])
+        if not same or all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
+            run.scales.rescale()
 
 
 def lock(out, files):
     """Make a folder and lock it for this run, until `files` closes. UserError if another run holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    with suppress(ImportError):   # Windows has no fcntl
+    try:
         import fcntl
-        try:
-            fcntl.flock(files.enter_context(open(out / ".lock", "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run: give each a folder of its own") from None
-        except OSError:   # a file system without locks: do without
-            pass
+        fcntl.flock(files.enter_context(open(out / ".lock", "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: give each a folder of its own") from None
+    except (ImportError, OSError):   # Windows, or a file system without locks: do without
+        pass
 
 
 def read_log(path):
     """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     pairs = []
     for line in path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
+        record, _ = attempt(json.loads, line)
         ours = isinstance(record, dict) and isinstance(record.get("step"), int)
         pairs.append((line + "\n", record if ours else {}))
     return pairs
@@ -1120,7 +1069,14 @@ def run_folder(c, ranks, step):
         return
     out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
+    for inside in map(os.path.realpath, (".", c.data or ".")):
+        need(not Path(inside).is_relative_to(out),
+             f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     with ExitStack() as files:
+        with blaming("--tensorboard"):
+            if c.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         with blaming(f"--out {out}"):
             lock(out, files)
             if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
@@ -1133,27 +1089,24 @@ def run_folder(c, ranks, step):
                     ranks.say(f"note: {newer} was moved to {move_aside(newer)}")
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
-            os.replace(path.with_suffix(".tmp"), path)
-            file = files.enter_context(open(path, "ab", buffering=0))   # what fails, fails in write()
-            if c.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
+            path.with_suffix(".tmp").replace(path)
         about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
                  "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores",
                  "python": sys.version.split()[0],
                  "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
 
+        def append(record):
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
         def log(record):
             finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
-            where = "log.jsonl"
-            try:
-                file.write((json.dumps({**finite, **about}) + "\n").encode())
-                about.clear()
-                where = "--tensorboard"
-                for key, value in record.items() if board else ():
-                    board.add_scalar(key, value, record["step"])
-            except Exception as e:   # whatever tensorboard raises, too, does not end a run
-                ranks.say(f"warning: step {record['step']} is not in {where} ({e})")
+            error = attempt(append, {**finite, **about})[1]
+            about.clear()
+            for key, value in record.items() if board else ():
+                error = attempt(board.add_scalar, key, value, record["step"])[1] or error
+            if error:
+                ranks.say(f"warning: step {record['step']} is not in the log ({error})")
         yield log
 
 
@@ -1172,8 +1125,8 @@ def report(config):
     for fp8 in recipes:
         run = prepare(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:
-            return ranks.say(sample(run.model, run.val_batches, ranks.device, c.seed, c.sample))
-        loss = evaluate(run.model, run.val_batches, ranks, gradient=len(recipes) > 1)
+            return ranks.say(sample(run, c.sample))
+        loss = evaluate(run, gradient=len(recipes) > 1)
         line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
         if len(recipes) > 1:
             gradient = [p.grad for p in run.model.parameters() if p.grad is not None]
@@ -1203,49 +1156,46 @@ COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU"
            "peak GiB": ".2f", "kept GiB": ".3f"}   # of the table that --bench prints: format
 
 
-def bench(c, device):
+def bench(config):
     """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
     Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
     first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
     """
+    ranks, c, _ = start(config)
+    device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
           + "".join(f"{title:>14}" for title in COLUMNS))
-    rows, gpu = {}, device.type == "cuda"
-    wait = torch.cuda.synchronize if gpu else lambda: None
+    wait, allocated = ((torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu
+                       else (lambda: None, lambda: math.nan))
     for fp8 in c.fp8.split(","):
-        torch.manual_seed(c.seed)
-        model, times = make_model(replace(c, fp8=fp8), device), []
-        optimizer = make_optimizer(model, c)
-        scales = make_scales(model, optimizer, c)
-        requantize(model, scales)
-        inputs, targets = torch.randint(model.config.vocab, (2, c.batch, c.seq), device=device)
+        run, times = build(replace(c, fp8=fp8), ranks), []
+        inputs, targets = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            start, before = time.perf_counter(), torch.cuda.memory_allocated() if gpu else math.nan
-            loss = model(inputs, targets)
-            kept = (torch.cuda.memory_allocated() if gpu else math.nan) - before
+            start_time, before = time.perf_counter(), allocated()
+            loss = run.model(inputs, targets)
+            kept = allocated() - before
             loss.backward()
             wait()
             middle = time.perf_counter()
-            update_weights(optimizer, model, scales, c.lr, step + 1, c)
+            update_weights(run, c.lr, step + 1)
             wait()
-            times.append((middle - start, time.perf_counter() - middle))
-            optimizer.zero_grad()
+            times.append((middle - start_time, time.perf_counter() - middle))
+            run.optimizer.zero_grad()
         forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
-        rows[fp8] = row = {
-            "fwd+bwd ms": forward_backward, "optimizer ms": update, "tokens/s": speed,
-            "MFU": mfu(model, speed, device).get("mfu", math.nan),
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if gpu else math.nan,
-            "kept GiB": kept / 2**30}
-        row["x none"] = rows["none"]["fwd+bwd ms"] / forward_backward if "none" in rows else math.nan
-        print(f"{fp8:8}" + "".join(f"{row[title]:>14{form}}" if math.isfinite(row[title]) else f"{'-':>14}"
-                                   for title, form in COLUMNS.items()))
-        model = optimizer = scales = None
+        peak = torch.cuda.max_memory_allocated() if gpu else math.nan
+        none = rows["none"]["fwd+bwd ms"] if rows else forward_backward if fp8 == "none" else math.nan
+        rows[fp8] = dict(zip(COLUMNS, (
+            forward_backward, update, speed, mfu(run.model, speed, device).get("mfu", math.nan),
+            none / forward_backward, peak / 2**30, kept / 2**30)))
+        print(f"{fp8:8}" + "".join(f"{x:>14{COLUMNS[title]}}" if math.isfinite(x) else f"{'-':>14}"
+                                   for title, x in rows[fp8].items()))
+        run = loss = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
 
@@ -1257,8 +1207,7 @@ def main(argv=None):
         if config.plot:
             plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
         elif config.bench:
-            ranks, config, _ = start(config)
-            bench(config, ranks.device)
+            bench(config)
         elif config.eval_only or config.sample is not None:
             report(config)
         else:

@@ -538,3 +538,15 @@ def test_a_text_goes_on_at_any_length_and_at_temperature_zero_with_the_likeliest
     longer = model.generate(tokens(1, 40), 50, generator=torch.Generator().manual_seed(0))
     assert longer.shape == (1, 90) and torch.equal(longer[:, :40], tokens(1, 40)) and longer.max() < 64
     assert torch.equal(model.generate(text, 0), text)
+
+
+@pytest.mark.parametrize("B, T, n, kv, head_dim", [(1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64)])
+def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(B, T, n, kv, head_dim):
+    cos, sin = m.rope_table(T, head_dim, 10000.0, DEVICE)
+    qkv = torch.randn(B * T, (n + 2 * kv) * head_dim, device=DEVICE, requires_grad=True)
+    q, k, v = qkv.view(B, T, -1, head_dim).split((n, kv, kv), dim=2)
+    # as attention returns them: the tokens of a head lie together
+    dq, dk, dv = (torch.randn(B, heads, T, head_dim, device=DEVICE).transpose(1, 2) for heads in (n, kv, kv))
+    (exact,) = torch.autograd.grad((rope(q, cos, sin), rope(k, cos, sin), v), qkv, (dq, dk, dv))
+    gradient = m.qkv_gradient(dq, dk, dv, cos, sin)
+    assert ((gradient - exact).abs() <= 2**-22 * exact.abs().amax(1, keepdim=True)).all()
