@@ -179,14 +179,9 @@ def do_at_step(monkeypatch, step, action):
 
 
 def on_model(monkeypatch, action):
-    """Call action(model) on the run's model, with its initial weights, before training."""
-    make_model = train.make_model
-
-    def made(*arguments):
-        net = make_model(*arguments)
-        action(net)
-        return net
-    monkeypatch.setattr(train, "make_model", made)
+    """Call action(model) on each new model, with its initial weights, before it trains."""
+    init = Transformer.__init__
+    monkeypatch.setattr(Transformer, "__init__", lambda net, *a: (init(net, *a), action(net))[0])
 
 
 def poison(monkeypatch, steps, factor=math.nan, part="gradient"):
@@ -444,6 +439,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_nothing_of_it_shows_i
     assert done.returncode == 0 and done.stdout.count("the run begins") == 1, done
     assert len(re.findall("resumed .*/step_0000000[246]", done.stdout)) == 1   # the second start goes well
     assert "failed to connect" not in done.stdout + done.stderr and not (folder / "out.1").exists()
+    assert [record["step"] for record in read_log(folder / "out")] == [1, 2, 3, 4, 5, 6, 7, 8]   # each once
     run(tiny_in(folder)(KILLED, "whole"))
     assert same_state(folder / "out", folder / "whole")
 
@@ -515,10 +511,8 @@ def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_p
 ERRORS = {   # of the run: what the one line on stderr says
     RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:39127. And so on."):
         ["another rank is gone", "--max-restarts with --resume"],
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB."):
-        ["CUDA out of memory: halve --batch and double --accum"],
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"):
-        ["halve --batch and double --accum"],
+    torch.OutOfMemoryError("CUDA out of memory. Tried to"): ["CUDA out of memory: halve --batch and double"],
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"): ["halve --batch and double --accum"],
     MemoryError(): ["out of memory: halve --batch and double --accum"],
     OSError(errno.ESTALE, "Stale file handle", "tokens.bin"): ["Stale file handle: 'tokens.bin'"],
     None: ["the ranks cannot meet"],   # without MASTER_ADDR
@@ -688,7 +682,7 @@ DAMAGE = {**{f"a bit of {name}": lambda path, name=name: flip(path / name, 0.6) 
           "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
           "a file in place of the folder": lambda path: (shutil.rmtree(path), path.write_text("x")),
           "a name of a later step": lambda path: path.rename(path.with_name("step_00000009")),
-          "a name of more digits": lambda path: path.rename(path.with_name("step_000000100000"))}
+          "a name of more digits": lambda path: path.rename(path.with_name("step_000000000009"))}
 
 
 def flip(path, where):
@@ -1013,9 +1007,9 @@ def test_a_large_file_is_read_window_by_window(tmp_path):
     batches = train.Batches(training, config(), 256)
     for step in range(10):
         batches.step(step, 0, CPU)
-    assert tracemalloc.get_traced_memory()[1] < 2**20   # bytes; measured 40 kB
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(training) + len(validation) == 2**29
+    assert len(training) + len(validation) == 2**29 and peak < 2**20   # bytes; measured 40 kB
 
 
 def test_the_default_corpus_is_pythons_own_source_split_by_file():
@@ -1046,7 +1040,7 @@ def test_a_bad_step_is_skipped_and_counted(options, steps, factor, part, tiny, o
 
 @pytest.mark.parametrize("recipe, value", [
     *itertools.product(RECIPES, (math.nan, math.inf)), ("none, compiled", math.nan)])
-def test_a_run_whose_outputs_stay_bad_stops_and_names_the_layer(recipe, value, tiny, monkeypatch, capsys):
+def test_outputs_that_stay_bad_end_the_run_which_names_the_layer(recipe, value, tiny, monkeypatch, capsys):
     def spoil(net):
         net.blocks[1].down.weight.data[3, 5] = value
         if "compiled" in recipe:   # its graph knows no hooks
@@ -1061,8 +1055,7 @@ def test_a_run_whose_outputs_stay_bad_stops_and_names_the_layer(recipe, value, t
 @pytest.mark.parametrize("recipe", ["none", "moss"])
 @pytest.mark.parametrize("factor, first", [(math.nan, "the gradient of blocks.0.down.weight"),
                                            (1e36, "the loss or the norm of the gradient")])   # all is finite
-def test_a_run_whose_gradients_stay_bad_keeps_its_checkpoint(
-        factor, first, recipe, tiny, out, monkeypatch, capsys):
+def test_gradients_that_stay_bad_end_the_run(factor, first, recipe, tiny, out, monkeypatch, capsys):
     poison(monkeypatch, range(3, 9), factor)
     err = said(tiny(f"--fp8 {recipe} --steps 9 --max_skips 3 --eval_every 1 --keep 1"), capsys, code=1).err
     assert len(err.splitlines()) == 1 and first in err and f"{out}/step_00000003 is the last good" in err
@@ -1110,8 +1103,8 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_along_a_cosine_to_a_te
     assert rates[0] == pytest.approx(2 / 11)   # warm-up begins above zero: no step is wasted
     assert np.diff(rates[:11]) == pytest.approx(2 / 11)
     assert rates[10] == max(rates) == train.learning_rate(0, config(steps=100, warmup=0, lr=2.0)) == 2.0
-    assert rates[60] == pytest.approx((2.0 + 0.2) / 2) and all(np.diff(rates[10:]) < 0)
-    assert rates[110] == pytest.approx(0.2)
+    assert all(np.diff(rates[10:]) < 0)
+    assert [rates[60], rates[110]] == pytest.approx([(2.0 + 0.2) / 2, 0.2])
 
 
 def test_the_optimizer_takes_the_scheduled_learning_rate_and_decays_no_norms(tiny, out, monkeypatch):
@@ -1203,8 +1196,7 @@ def test_sample_goes_on_with_a_text(prompt, tiny, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("prompt", ["²", "٣", "1_0", "-1", "256", "9" * 5000, "one", " ", "1 2 3.0"])
 def test_sample_takes_token_ids_of_the_model_alone(prompt, tiny, tmp_path, out, monkeypatch, capsys):
-    # The validation data are shorter than a usual prompt.
-    write(tmp_path, {"train.bin": [1, 2, 3, 4] * 50, "val.bin": [1, 2, 3, 4] * 3})
+    write(tmp_path, {"train.bin": [1, 2, 3, 4] * 50, "val.bin": [1, 2, 3, 4] * 3})   # short of a usual prompt
     run(tiny(f"--fp8 none --seq 8 --steps 1 --data {tmp_path}"))
     command = go_on(out, "--sample")
     monkeypatch.setattr(Transformer, "generate", GENERATE)
