@@ -289,12 +289,11 @@ def test_every_recipe_learns_and_logs_what_it_can_lose(recipe, tiny, out, monkey
     weights, folds = [], []
     before_call(monkeypatch, model, "quantize_weight", lambda *_: weights.append(1))
     before_call(monkeypatch, model, "fold_loss", lambda *_: folds.append(1))
-    summary = run(tiny(f"--fp8 {recipe} --layers 2 --seq 32 --accum 2 --steps 30 --log_every 10"))
-    # Ignorance is ln 256 = 5.5, letter frequencies alone give 3.0; measured 0.5 to 0.7 for all recipes.
-    assert summary["val_loss"] < 1.5
-    assert summary["recipe"] == recipe and summary["steps"] == 30 and summary["skipped_steps"] == 0
-    assert len(weights) == (0 if recipe == "none" else 31 * 2 * LAYERS)   # at the start, and after a step
-    assert len(folds) == (3 * 2 * LAYERS * 2 if recipe == "moss" else 0)   # X and dY, in each logged step
+    summary = run(tiny(f"--fp8 {recipe} --seq 32 --batch 4 --accum 2 --steps 20 --log_every 10"))
+    assert summary["val_loss"] < 1   # measured 0.30; ignorance is ln 256 = 5.5, letter frequencies give 3.0
+    assert summary["recipe"] == recipe and summary["steps"] == 20 and summary["skipped_steps"] == 0
+    assert len(weights) == (0 if recipe == "none" else 21 * LAYERS)   # at the start, and after each step
+    assert len(folds) == (2 * LAYERS * 2 if recipe == "moss" else 0)   # X and dY, in each logged step
     expected = {"saturated", "saturated_grad"} if recipe != "none" else set()
     expected |= {"folded", "folded_grad", "folded_wgrad"} if recipe == "moss" else set()
     assert {key for key in read_log(out)[-1] if key.startswith(("folded", "saturated"))} == expected
@@ -853,7 +852,8 @@ MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench"]
 @pytest.mark.parametrize("options", MISTAKES)
 def test_what_cannot_work_is_refused_in_one_line(options, tiny, tmp_path, out, monkeypatch, capsys):
     run(tiny("--fp8 none --steps 1"))   # an earlier run, which stays where the next one was to begin
-    flip(shutil.copytree(out, tmp_path / "damaged") / "step_00000001/rank_0.pt", 0.5)
+    if "damaged" in options:
+        flip(shutil.copytree(out, tmp_path / "damaged") / "step_00000001/rank_0.pt", 0.5)
     for name, (content, _) in BAD_DATA.items():
         if name in options:
             write(tmp_path / name, content)
