@@ -66,7 +66,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
 
 
 def kernel_can_multiply(a, b):
-    """Tell if these are FP8 numbers (any), with scales that the kernel applies after the loop or inside."""
+    """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
     fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
     after = a.block in ((1, ALL), (ALL, ALL)) and b.block == (ALL, ALL)
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
@@ -180,7 +180,7 @@ def transpose_for_wgrad(dy, x):
 # wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. Gradients of one sign, as from the mean
 # of an input, would lose a part of themselves at every step, and nothing adapts to that. fprop sums over d or
 # ffn inputs. Its error makes the model a slightly different function, the same at every step, and weights
-# adapt to it. Promoting it, too, takes 5% more of its time. Gradients at the same weights are then 6.3% off
+# adapt to that. Promoting fprop takes 5% more of its time. Gradients at the same weights are then 6.3% off
 # BF16's, in place of 13.6%, but the loss changes by less than 0.1%, and training at `1b` ended no lower.
 
 def tensor_core_sum(a, b, promote_every=None):

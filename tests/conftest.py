@@ -1,6 +1,4 @@
-"""
-Tests run everywhere. Without a GPU of compute capability 9.0, the Triton kernels run in Triton's interpreter.
-"""
+"""Tests run everywhere. Without a GPU of compute capability 9.0, kernels run in Triton's interpreter."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +25,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """Return {name: Future} of what tests wait for in other processes.
-
-    These are the BESIDE = {part of a test's name: function of a folder} of their files. They run from the
-    first test on, one after another, because they and the tests leave a core idle each. Only what the chosen
-    tests need is run.
-    """
+    """Return {name: Future} of what tests wait for in other processes: in the BESIDE of their files, {part of
+    a test's name: function of a folder}. What the chosen tests need runs from the first test on, one after
+    another, because they and the tests leave a core idle each."""
     wanted = {name: job for item in request.session.items
               for name, job in getattr(item.module, "BESIDE", {}).items() if name in item.name}
     pool = ThreadPoolExecutor(max_workers=1)
