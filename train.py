@@ -185,6 +185,8 @@ def resolve(c, device, world):
         (least, most), value = f.metadata["limits"], getattr(c, f.name)
         if least is not None:
             need(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
+    need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
+         f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
          f"{c.fp8} needs to sum over them: change --batch or --seq")
@@ -622,7 +624,8 @@ def data_files(source):
         if glob.has_magic(str(root.parent)) or root.name == "**":   # glob passes over what it cannot read
             files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts)) if p.is_file()]
+    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts))
+             if p.is_file() and p.name != "log.jsonl"]   # which is of a run
     files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)   # each once
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
@@ -1068,17 +1071,19 @@ def run_folder(c, ranks, step):
         yield lambda record: None
         return
     out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
-    path = out / "log.jsonl"
-    for inside in map(os.path.realpath, (".", c.data or ".")):
-        need(not Path(inside).is_relative_to(out),
-             f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
+    path, cannot = out / "log.jsonl", "cannot be written, choose another folder"
     with ExitStack() as files:
-        with blaming("--tensorboard"):
-            if c.tensorboard:
+        with blaming(f"--out {c.out} {cannot}"):
+            for inside in map(os.path.realpath, (".", c.data or ".")):
+                need(not out.is_dir() or not Path(inside).is_relative_to(out),
+                     f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
+            lock(out, files)
+        if c.tensorboard:
+            with blaming(f"--tensorboard {c.tensorboard} {cannot} or pip install tensorboard"):
+                Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
                 from torch.utils.tensorboard import SummaryWriter
                 board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
-        with blaming(f"--out {out}"):
-            lock(out, files)
+        with blaming(f"--out {c.out} {cannot}"):
             if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
                 ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
@@ -1096,17 +1101,20 @@ def run_folder(c, ranks, step):
                  "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
 
         def append(record):
+            finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
             with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({**finite, **about}) + "\n")
+            about.clear()
+
+        def draw(record):
+            for key, value in record.items() if board else ():
+                board.add_scalar(key, value, record["step"])
 
         def log(record):
-            finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
-            error = attempt(append, {**finite, **about})[1]
-            about.clear()
-            for key, value in record.items() if board else ():
-                error = attempt(board.add_scalar, key, value, record["step"])[1] or error
-            if error:
-                ranks.say(f"warning: step {record['step']} is not in the log ({error})")
+            for where, write in (("log.jsonl", append), ("--tensorboard", draw)):
+                error = attempt(write, record)[1]
+                if error:
+                    ranks.say(f"warning: step {record['step']} is not in {where} ({error})")
         yield log
 
 
@@ -1189,7 +1197,7 @@ def bench(config):
         forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
         peak = torch.cuda.max_memory_allocated() if gpu else math.nan
-        none = rows["none"]["fwd+bwd ms"] if rows else forward_backward if fp8 == "none" else math.nan
+        none = forward_backward if fp8 == "none" else rows.get("none", {}).get("fwd+bwd ms", math.nan)
         rows[fp8] = dict(zip(COLUMNS, (
             forward_backward, update, speed, mfu(run.model, speed, device).get("mfu", math.nan),
             none / forward_backward, peak / 2**30, kept / 2**30)))
