@@ -16,7 +16,6 @@ Most recipes run layer by layer: each linear layer quantizes what norm, attentio
 that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8, the inputs of the
 linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output.
 """
-
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +60,6 @@ class ModelConfig:
 
 
 RECOMPUTE = ("none", "block")   # what the backward pass computes again instead of reading it from memory
-
 PRESETS = {
     "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384),
     "124m": ModelConfig(vocab=50304, seq=1024, d=768, layers=12, heads=12, ffn=2048, tied=True),
@@ -215,10 +213,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable(recursive=False)
+    @once_differentiable
     def backward(ctx, dloss):
-        if torch.is_grad_enabled():   # create_graph=True
-            raise RuntimeError("the loss has no second derivative, which create_graph=True asks for: take "
-                               "that of the logits which a model without targets returns, under --fp8 none")
         x, weight, gradient = ctx.saved_tensors
         dw = (gradient.t() @ x).to(weight.dtype) * dloss
         return scaled(gradient @ weight.to(x.dtype), dloss), dw, None, None
@@ -479,21 +475,16 @@ def watch(model, tokens, targets):
 
 
 def flops_per_token(model):
-    """Return the FLOPs of training on one token: 6 per weight of a matrix product (2 forward, 4 backward).
-
-    Causal attention adds 6 d seq per layer: a token sees seq / 2 others on average, and for each of them
-    score and weighted value cost 2 d each forward and 4 d each backward.
-    """
+    """Return the FLOPs of training on one token: 6 per weight of a matrix product (2 forward, 4 backward), and
+    12 d per layer for each token that causal attention sees, seq / 2 on average."""
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (Linear, nn.Linear)))
     return 6 * products + 6 * len(model.blocks) * model.config.d * model.config.seq
 
 
 def memory(model, tokens, ranks=1, element=2):
     """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number.
-
     Weights, gradients and two Adam moments are FP32. Each of several ranks (train.py --shard) keeps a share
-    of the moments, and of the weights of the blocks' linear layers. Scales, up to 3% of FP8, are left out.
-    """
+    of the moments, and of the weights of the blocks' linear layers. Scales, up to 3% of FP8, are left out."""
     linear = sum(layer.weight.numel() for layer in model.linears())
     total, (vocab, d) = sum(p.numel() for p in model.parameters()), model.head.weight.shape
     saved = [saved_by_block(block, element) for block in model.blocks]
