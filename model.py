@@ -299,8 +299,7 @@ class Transformer(nn.Module):
         """Return tokens (1, T) and `count` more, each sampled after the last config.seq tokens before it;
         temperature 0 takes the likeliest."""
         if not tokens.shape[1] or not temperature >= 0:
-            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: it takes at least one "
-                             f"token to begin with, and a temperature of 0 or more")
+            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: at least 1 and 0 are needed")
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq:])[:, -1].float()
             new = logits.argmax(-1, keepdim=True)
@@ -311,9 +310,8 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The dataflow of moss
+# The dataflow of moss. Blocks with this recipe take it; blocks with any other run layer by layer.
 
-# The recipe that the functions below compute. Blocks with any other run layer by layer
 FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
 
 
@@ -327,8 +325,8 @@ def can_fuse(block):
 
 def fused_block(block, x, cos, sin):
     """Return what block.compute returns for x (B, T, d)."""
-    (B, T, d), c = x.shape, block.config
-    q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, c)
+    B, T, d = x.shape
+    q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, block.config)
     y = attention(q, k, v).view(B * T, d)
     weights = (m.weight for m in (block.norm2, block.out, block.gate_up, block.down))
     return OutNormSwiGLU.apply(x.reshape(B * T, d), y, *weights, block).view(B, T, d)
@@ -475,8 +473,8 @@ def watch(model, tokens, targets):
 
 
 def flops_per_token(model):
-    """Return the FLOPs of training on one token: 6 per weight of a matrix product (2 forward, 4 backward), and
-    12 d per layer for each token that causal attention sees, seq / 2 on average."""
+    """Return the FLOPs of training on one token: 6 per weight of a product (2 forward, 4 backward), and 12 d
+    per layer for each token that causal attention sees, seq / 2 on average."""
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (Linear, nn.Linear)))
     return 6 * products + 6 * len(model.blocks) * model.config.d * model.config.seq
 

@@ -534,7 +534,7 @@ def test_a_text_goes_on_at_any_length_and_at_temperature_zero_with_the_likeliest
     assert torch.equal(model.generate(text, 0), text)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2**-22), (torch.bfloat16, 2**-8)])   # one rounding
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2**-22), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("B, T, n, kv, head_dim", [(1, 1, 1, 1, 6), (2, 5, 4, 2, 16), (1, 3, 33, 33, 64)])
 def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(B, T, n, kv, head_dim, dtype, tolerance):
     cos, sin = m.rope_table(T, head_dim, 10000.0, DEVICE)
@@ -543,7 +543,8 @@ def test_qkv_gradient_is_what_autograd_gives_through_split_and_rope(B, T, n, kv,
     # as attention returns them: the tokens of a head lie together
     gradients = [torch.randn(B, heads, T, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
                  for heads in (n, kv, kv)]
-    (exact,) = torch.autograd.grad((rope(q, cos, sin), rope(k, cos, sin), v), qkv, [g.float() for g in gradients])
+    (exact,) = torch.autograd.grad((rope(q, cos, sin), rope(k, cos, sin), v), qkv,
+                                   [g.float() for g in gradients])
     gradient = m.qkv_gradient(*gradients, cos, sin)
     assert gradient.dtype == dtype
     assert ((gradient - exact).abs() <= tolerance * exact.abs().amax(1, keepdim=True)).all()
