@@ -299,7 +299,7 @@ class Transformer(nn.Module):
         """Return tokens (1, T) and `count` more, each sampled after the last config.seq tokens before it;
         temperature 0 takes the likeliest."""
         if not tokens.shape[1] or not temperature >= 0:
-            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: at least 1 and 0 are needed")
+            raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: the least are 1 and 0")
         for _ in range(count):
             logits = self(tokens[:, -self.config.seq:])[:, -1].float()
             new = logits.argmax(-1, keepdim=True)
