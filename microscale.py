@@ -12,9 +12,15 @@ is the axis that a matrix product will sum over. The recipes differ in how many 
     group    FP32 per 1 x 128               FP32 per 128 x 128            COAT, DeepSeek-V3
     mx       E8M0 per 1 x 32                E8M0 per 1 x 32               OCP Microscaling v1.0
 
-E8M0 is a byte that holds a power of two. In all files amax is max|x| over the values that share a scale. To
-*fold* is to multiply scales, relative to the largest of them, into the FP8 numbers, so that one is left.
-fprop, dgrad and wgrad are the products of a linear layer: Y = X W^T, dX = dY W and dW = dY^T X.
+Words that all files use:
+
+    amax         max|x| over the values that share a scale
+    E8M0         a byte that holds a power of two
+    saturate     become the largest number of the format (448 in E4M3), as all values beyond it do
+    subnormal    smaller than the smallest normal number (2^-6 in E4M3), and stored with fewer bits
+    fold         multiply scales, relative to the largest of them, into the FP8 numbers: one is left
+    fprop, dgrad, wgrad    the products of a linear layer: Y = X W^T, dX = dY W, dW = dY^T X
+    SQNR         signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum error^2) dB; 6 dB are one bit
 
 So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. The
 paper has blocks X_i of 32 neighbors along C, and a scale of the whole tensor (`quantize_two_level`):
@@ -223,11 +229,9 @@ def saturated_share(x, q):
 
 
 def transpose(q, row_factor=None):
-    """Transpose FP8 data (R, C) -> (C, R), times `row_factor` (R, 1), powers of two <= 1.
-
-    The scaling-aware transpose (FP8-Flow-MoE, arXiv 2511.02302): the scale of a row cannot leave a sum over
-    rows, so all rows are brought to one scale. That is exact while the result is normal, else it is rounded.
-    """
+    """Transpose FP8 data (R, C) -> (C, R), times `row_factor` (R, 1), powers of two <= 1: the scaling-aware
+    transpose (FP8-Flow-MoE, arXiv 2511.02302). The scale of a row cannot leave a sum over rows, so all rows
+    are brought to one scale. That is exact while the result is normal, else it is rounded."""
     expect("q", q, (None, None), "rows of FP8 numbers", (E4M3.dtype, E5M2.dtype))
     expect("row_factor", row_factor, (len(q), 1), "one for each row")
     if kernels_take(q):
@@ -238,11 +242,9 @@ def transpose(q, row_factor=None):
 
 
 def quantize_weight(weight, recipe, scale=None):
-    """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N.
-
-    One scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W
-    once for each. `scale` (1, 1) comes from autoscale.py, for recipes that do not measure blocks.
-    """
+    """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N. One
+    scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W once
+    for each. `scale` (1, 1) comes from autoscale.py, for recipes that do not measure blocks."""
     if scale is not None and recipe.weight_scale == "block":
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
     w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
@@ -732,7 +734,6 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     factor, angles = q.scale / q.scale.max(), torch.randn(2, T // 8, 64, device="cuda").unbind()
     kernels = {  # name: (bytes it has to move, function)
         "quantize rows": (3 * T * d, lambda: quantize(x, E4M3, (1, ALL), "up")),
-        "quantize 1 x 128": (3 * T * d, lambda: quantize(x, E4M3, (1, 128), "fp32")),
         "RMSNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "rms", row)),
         "LayerNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "layer")),
         "RoPE of q and k, in place": (8 * T * d, lambda: rope_into(qk, qk, *angles)),
