@@ -38,7 +38,6 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -313,7 +312,7 @@ def train(config):
               f"{len(run.val_batches.tokens):,} validation tokens of {c.data or 'Python source code'}")
     ranks.say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
-        ranks.say(f"resumed {saved['path']}, which {saved['ranks']} ranks wrote, on {ranks.world}")
+        ranks.say(f"resumed {saved['path']}, which {len(saved['files'])} ranks wrote, on {ranks.world}")
         if saved["tokens"] != len(run.batches.tokens):
             ranks.say(f"note: --data had {saved['tokens']} training tokens: windows come in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
@@ -404,7 +403,7 @@ def loop(run, log):
 # Before the loop: from options, or from a checkpoint, to what it needs
 
 def start(config):
-    """Return Ranks, the resolved Config, and what the checkpoint that it asks for holds, or None."""
+    """Return Ranks, the resolved Config, and the manifest of the checkpoint that it asks for, or None."""
     ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
     saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
     if saved:
@@ -722,8 +721,8 @@ stop = SimpleNamespace(received=False, in_loop=False)   # what a signal has told
 
 def on_signal(*_):
     """Before the loop, end the process. In the loop, let it finish its step, save and leave."""
-    stop.received = True
-    if not stop.in_loop:
+    first, stop.received = not stop.received, True
+    if first and not stop.in_loop:
         raise KeyboardInterrupt
 
 
@@ -896,8 +895,7 @@ def last_good(out):
 
 
 def own_state(run):
-    """Return what this rank writes to a checkpoint: copies, in the CPU's memory, of the weights and moments
-    that it owns; and what all know."""
+    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
         return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
     kept = [(name, key, x) for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank
@@ -906,9 +904,7 @@ def own_state(run):
     with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
         for (name, key, _), x in zip(kept, pool.map(copy, (x for _, _, x in kept))):
             own[name][key] = x
-    return {"parameters": own, "scales": run.scales and run.scales.state_dict(), "ranks": run.ranks.world,
-            "step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
-            "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
+    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
 
 
 def attempt(function, *args):
@@ -922,77 +918,96 @@ def attempt(function, *args):
 class Saver:
     """Write checkpoints in the background, while training goes on. All ranks call its methods together.
 
-    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 renames
-    the folder: a crash leaves a whole checkpoint or none. A file is a zip archive, with a checksum of each
-    part.
+    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
+    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
     """
 
     def __init__(self, run):
-        self.run, self.out, self.thread, self.ok = run, Path(run.c.out), None, True
+        self.run, self.out, self.thread, self.ok, self.lost = run, Path(run.c.out), None, True, None
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the threads
 
     def save(self):
         """Copy what this rank writes, and begin to write it."""
         self.finish()
-        self.thread = threading.Thread(target=self.write, args=(own_state(self.run),))
+        run = self.run
+        content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
+                   "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
+        self.thread = threading.Thread(target=self.write, args=(own_state(run), content), name="checkpoint")
         self.thread.start()
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
         if self.thread:
             self.thread.join()
+        if self.lost:   # a rank that writes on would take the answers to one checkpoint for those to another
+            raise RunError(f"another rank is gone ({self.lost}): go on with --resume")
         return self.ok
 
-    def write(self, state):
-        folder, rank = self.out / f"step_{state['step']:08}.tmp", self.run.ranks.rank
-        error = self.first_error(attempt(write_file, folder / f"rank_{rank}.pt", state)[1])
-        error = error or self.first_error(attempt(self.commit, folder)[1] if rank == 0 else None)
+    def write(self, own, content):
+        folder, ranks = self.out / f"step_{content['step']:08}.tmp", self.run.ranks
+        try:
+            parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
+            error = next((error for _, error in parts if error), None)
+            if not error:   # the rest is rank 0's
+                files = {name: written for part, _ in parts for name, written in part.items()}
+                done = attempt(self.commit, folder, {**content, "files": files}) if ranks.rank == 0 else None
+                _, error = gather(done, self.group)[0]
+        except Exception as e:
+            self.lost = f"{type(e).__name__}: {e}".partition("\n")[0]
+            return
         self.ok = not error
-        if error:
-            self.run.ranks.say(f"warning: the checkpoint of step {state['step']} could not be written "
-                               f"({error}): make room in {self.out}; {last_good(self.out)}")
+        if error and ranks.rank == 0:
+            ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
+                      f"make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
 
-    def first_error(self, error):
-        """Return the first error of all ranks, None if there is none."""
-        errors, lost = attempt(gather, error, self.group)
-        return lost or next(filter(None, errors), None)
-
-    def commit(self, folder):
+    def commit(self, folder, content):
+        """Write the manifest, rename the folder, and remove old ones."""
+        with open(folder / "manifest.json", "w") as f:
+            json.dump({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}, f)
+            f.flush()
+            os.fsync(f.fileno())
         folder.rename(folder.with_suffix(""))
         for old in checkpoints(self.out)[self.run.c.keep:]:   # what is half removed must not look whole
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
+            attempt(old.rename, old.with_suffix(".tmp"))
+            shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
 
 
-def write_file(path, state):
+def write_file(path, own):
+    """Write a file. Return {its name: [size in bytes, CRC32]}."""
     path.parent.mkdir(exist_ok=True)
-    torch.save(state, path)
+    torch.serialization.set_crc32_options(False)   # the CRC of the whole file is enough
+    torch.save(own, path)
     with open(path) as f:
         os.fsync(f.fileno())
+    return {path.name: sums(path)}
 
 
-def load(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def sums(path):
+    data = np.memmap(path, mode="r")
+    return [len(data), zlib.crc32(data)]
 
 
-def read_checkpoint(path, ranks):
-    """Return what rank 0 wrote. Raise what is wrong with it, or with the files that this rank checks."""
-    saved = load(path / "rank_0.pt")
-    if saved["step"] != int(path.name[5:]):
-        raise ValueError(f"it was written as that of step {saved['step']}")
-    for i in range(ranks.rank, saved["ranks"], ranks.world):
-        with ZipFile(path / f"rank_{i}.pt") as archive:
-            if archive.testzip():
-                raise ValueError(f"rank_{i}.pt is not what was written")
-    return {**saved, "path": path}
+def read_manifest(path, ranks):
+    """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    content = manifest["content"]
+    if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
+        raise ValueError("the checksum of its manifest is wrong")
+    if content["step"] != int(path.name[5:]):
+        raise ValueError(f"it was written as that of step {content['step']}")
+    for i, (name, written) in enumerate(content["files"].items()):
+        if i % ranks.world == ranks.rank and sums(path / name) != written:
+            raise ValueError(f"{name} is not what was written")
+    return {**content, "path": path}
 
 
 def newest_checkpoint(out, ranks):
-    """Return what rank 0 wrote of the newest checkpoint that is whole, None where there is no checkpoint."""
+    """Return the manifest of the newest checkpoint that is whole, None where there is no checkpoint."""
     found = checkpoints(out)
     check_same([path.name for path in found], f"checkpoints: --out {out} is not a folder that all nodes see")
     for path in found:
-        saved, damage = attempt(read_checkpoint, path, ranks)
+        saved, damage = attempt(read_manifest, path, ranks)
         damage = next(filter(None, gather(damage)), None)
         if not damage:
             return saved
@@ -1011,9 +1026,9 @@ def restore(run, saved):
         need(name == "seq" or was == value,
              f"{saved['path']} holds a model with {name} = {was}, not {value}: "
              f"use the --model, --layers and --data of that run")
-    kept = {}
-    for i in range(saved["ranks"]):
-        kept |= load(saved["path"] / f"rank_{i}.pt")["parameters"]
+    parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
+             for name in saved["files"]]
+    kept = {name: values for part in parts for name, values in part["parameters"].items()}
     group_of = {p: group for group in run.optimizer.param_groups for p in group["params"]}
     for name, p in run.model.named_parameters():
         weight = kept[name].pop("weight")
@@ -1028,7 +1043,7 @@ def restore(run, saved):
     if run.scales:
         same = saved["config"]["fp8"] == run.c.fp8
         if same:
-            run.scales.load_state_dict(saved["scales"])
+            run.scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
         if not same or all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
             run.scales.rescale()
 
@@ -1249,7 +1264,7 @@ if __name__ == "__main__":
     code = main()
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
         for thread in threading.enumerate():
-            if thread is not threading.main_thread() and not thread.daemon:   # a checkpoint is being written
+            if thread.name == "checkpoint":   # which is being written
                 thread.join()
         os._exit(code)
     if dist.is_initialized():

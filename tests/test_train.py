@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,15 +119,16 @@ def steps_in(out):
 
 
 def states(out):
-    """Return what the checkpoints hold, the newest first, each with the parameters of all ranks."""
+    """Return [{"parameters", "scales", and what the manifest says}] of the checkpoints, the newest first."""
     found = []
     for path in train.checkpoints(out):
-        files = sorted(path.iterdir())
-        first, *others = parts = [torch.load(file, weights_only=True) for file in files]
-        assert [file.name for file in files] == [f"rank_{i}.pt" for i in range(first["ranks"])]
+        saved = json.loads((path / "manifest.json").read_text())["content"]
+        for name, written in saved["files"].items():
+            data = (path / name).read_bytes()
+            assert written == [len(data), zlib.crc32(data)]
+        parts = [torch.load(path / name, weights_only=True) for name in saved["files"]]
         parameters = {name: kept for part in parts for name, kept in part["parameters"].items()}
-        found.append({**first, "parameters": parameters})
-        assert all(same(part[key], first[key]) for part in others for key in first if key != "parameters")
+        found.append({**saved, "parameters": parameters, "scales": parts[0]["scales"]})
     return found
 
 
@@ -385,7 +387,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks_bit_for_bit(writers, shard,
         codes, printed = on_ranks(readers, read_and_write)
         assert codes == [0] * readers, printed
         last, first = states(tmp_path / f"by {readers}")
-        assert (last["ranks"], first["ranks"]) == (readers, writers)
+        assert (len(last["files"]), len(first["files"])) == (readers, writers)
         assert same([last[part] for part in STATE[:2]], [first[part] for part in STATE[:2]])
 
 
@@ -598,11 +600,11 @@ def test_resume_takes_options_that_are_not_given_and_says_what_differs(tiny, out
     run(tiny("--fp8 moss --shard --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --beta2 0.9 --clip 2 "
              "--keep 3 --seed 5 --rescale_interval 7 --spike 50 --max_skips 4 --log_every 3 --eval_every 1 "
              "--eval_batches 3 --recompute block"))
-    path = train.checkpoints(out)[0] / "rank_0.pt"
-    content = torch.load(path)
+    path = train.checkpoints(out)[0] / "manifest.json"
+    content = json.loads(path.read_text())["content"]
     content["config"].update(dropout=0.1)   # an option that a fork had, and one that it did not have
     content["config"].pop("spike")
-    torch.save(content, path)
+    path.write_text(json.dumps({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}))
     Path("text.txt").write_text(2 * TEXT)
     command = go_on("out", "--resume --steps 5 --fp8 tensor --no-shard --beta1 0.8 --data text.txt")
     printed, before = said(command, capsys).out.splitlines(), content["config"]
@@ -670,14 +672,16 @@ def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_its_own_step(
                for one, other in zip(states(tmp_path / "at once"), states(tmp_path / "later")))
 
 
-FILES = "rank_0.pt", "rank_1.pt"
+FILES = "rank_0.pt", "rank_1.pt", "manifest.json"
 DAMAGE = {**{f"a bit of {name}": lambda path, name=name: flip(path / name, 0.6) for name in FILES},
           **{f"an empty {name}": lambda path, name=name: os.truncate(path / name, 0) for name in FILES},
           **{f"no {name}": lambda path, name=name: (path / name).unlink() for name in FILES},
-          "the first byte": lambda path: flip(path / "rank_0.pt", 0),
+          "the manifest's first byte": lambda path: flip(path / "manifest.json", 0),
           "a cut file": lambda path: os.truncate(path / "rank_1.pt", 100),
-          "another program's file": lambda path: torch.save([{"step": 4}], path / "rank_0.pt"),
-          "a number as a file": lambda path: torch.save(4, path / "rank_0.pt"),
+          "the file of another step": lambda path: shutil.copy(
+              path.with_name("step_00000002") / "rank_1.pt", path),
+          "another program's manifest": lambda path: (path / "manifest.json").write_text('[{"files": 1}]'),
+          "a number as manifest": lambda path: (path / "manifest.json").write_text('{"content": 3}'),
           "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
           "a file in place of the folder": lambda path: (shutil.rmtree(path), path.write_text("x")),
           "a name of a later step": lambda path: path.rename(path.with_name("step_00000009")),
