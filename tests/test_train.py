@@ -661,6 +661,27 @@ def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(world, victi
     assert train.main(go_on(out)) == 0 and steps_in(out)[0] == 4
 
 
+def test_a_rank_that_loses_the_others_while_a_checkpoint_is_written_writes_no_more(tiny, out):
+    def job(rank):
+        gather, calls = train.gather, itertools.count(1)
+
+        def fails(thing, group=None):
+            if rank == 1 and group is not None and next(calls) == 3:   # its file of the second one is written
+                raise MemoryError("no room")
+            return gather(thing, group)
+        train.gather = fails
+        return train.main(tiny("--fp8 none --accum 2 --eval_batches 2 --eval_every 1 --keep 9"))
+    codes, printed = on_ranks(2, job)
+    assert codes == [1, 1] and "another rank is gone (MemoryError: no room)" in printed[1], printed
+    assert steps_in(out) == [1] and train.main(go_on(out)) == 0 and steps_in(out)[0] == 4
+
+
+def test_the_second_of_two_early_signals_is_ignored():
+    with pytest.raises(KeyboardInterrupt):
+        train.on_signal()
+    train.on_signal()
+
+
 def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_its_own_step(tiny, tmp_path, monkeypatch):
     run(tiny("--fp8 moss", "at once"))
     trained = threading.Event()
