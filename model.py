@@ -363,11 +363,11 @@ class NormQKV(torch.autograd.Function):
 def qkv_gradient(dq, dk, dv, cos, sin):
     """Return the gradient of [q, k, v] (B T, d + 2 kv_dim), from those of rope(q) (B, T, heads, head_dim), of
     rope(k) and of v (B, T, kv_heads, head_dim): RoPE turns by an angle, its gradient turns back."""
-    (B, T, heads, head_dim), kv_heads = dq.shape, dk.shape[2]
+    (B, T, heads, head_dim), kv_heads, sin = dq.shape, dk.shape[2], -sin
     dqkv = dq.new_empty(B, T, heads + 2 * kv_heads, head_dim)
     to_q, to_k, to_v = dqkv.split((heads, kv_heads, kv_heads), dim=2)
-    rope_into(to_q, dq, cos, -sin)
-    rope_into(to_k, dk, cos, -sin)
+    rope_into(to_q, dq, cos, sin)
+    rope_into(to_k, dk, cos, sin)
     to_v.view(torch.int32).copy_(dv.contiguous().view(torch.int32))   # two numbers of BF16 at a time
     return dqkv.view(B * T, -1)
 

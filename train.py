@@ -160,9 +160,9 @@ def recall(c, saved, say):
             setattr(c, name, value)
         elif getattr(c, name) != value:
             need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
-            order = name in ("data", "batch", "accum", "seq", "seed")
-            say(f"note: --{name} was {value} and is now {getattr(c, name)}"
-                + "; windows of data are read in another order" * order)
+            of_the_order = name in ("data", "batch", "accum", "seq", "seed")
+            order = "; windows of data are read in another order" if of_the_order else ""
+            say(f"note: --{name} was {value} and is now {getattr(c, name)}{order}")
 
 
 def resolve(c, device, world):
@@ -436,7 +436,8 @@ def build(c, ranks, vocab=None, saved=None):
     run = SimpleNamespace(c=c, ranks=ranks, model=model, ddp=model, owner=owner, shards=None,
                           mine=lambda p: True)   # whether this rank steps p
     if c.shard and ranks.world > 1:
-        run.shards, run.mine = Shards(model, owner, ranks), lambda p: owner[p] == ranks.rank
+        run.shards = Shards(model, owner, ranks)
+        run.mine = run.shards.mine
     run.optimizer = make_optimizer(model, c, run.mine)
     run.scales = make_scales(model, run.optimizer, c)
     # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
@@ -683,6 +684,7 @@ class Batches:
         self.windows = (len(tokens) - 1) // config.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
                                f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
+        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64."""

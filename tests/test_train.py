@@ -815,6 +815,7 @@ BAD_DATA = {   # name of the file: (what is in it, what the line says)
     "short.txt": ("ten bytes.", ["has 9 tokens", "--seq 16", "give more data"]),
     "no_val.txt": ("x" * 100, ["has 5 tokens", "--seq 16", "give more data"]),
     "big_id.bin": ([3, 256] * 500, ["token id 256 in", "big_id.bin is outside", "of 256", "for --model"]),
+    "big_in_training": ({"train.bin": [256] * 999, "val.bin": [3] * 999}, ["token id 256 in", "train.bin"]),
     "negative.npy": (np.full(999, -7), ["token id -7", "negative.npy", "for --model"]),
     "odd.bin": ("x" * 1001, ["odd.bin", "1001 bytes", "uint16"]),
     "old.bin": (shard([1] * 999, version=7), ["old.bin", "version 1"]),
