@@ -211,11 +211,11 @@ def freeze(part, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # Other processes, and copies of this one as ranks
 
-def train_py(folder, more="", code=None, launcher=(), **options):
+def train_py(folder, more="", code=None, launcher=(), shell=(), **options):
     """Run `python train.py`, or Python code in its place, as a process of its own."""
     command = [*launcher, *(["-c", code] if code else ["train.py"]), *tiny_in(folder)(more)]
     usual = dict(env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120)
-    return subprocess.run([sys.executable, *command], cwd=ROOT, **{**usual, **options})
+    return subprocess.run([*shell, sys.executable, *command], cwd=ROOT, **{**usual, **options})
 
 
 def signal_at(function, call, number):
@@ -1265,10 +1265,11 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
 
 
 FULL = "/dev/full" if os.path.exists("/dev/full") else os.devnull
+WITHOUT_STDOUT = ("sh", "-c", 'exec "$@" >&-', "sh")   # preexec_fn would fork: a deadlock beside numpy's threads
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None; import train; exit(train.main())"
 BESIDE = {
     "test_torchrun_restarts_a_run": killed_under_torchrun,
     "full disk": lambda folder: train_py(folder, "--fp8 none", stdout=open(FULL, "w")),
-    "closed stdout": lambda folder: train_py(folder, stdout=None, preexec_fn=lambda: os.close(1)),
+    "closed stdout": lambda folder: train_py(folder, shell=WITHOUT_STDOUT),
     "no Triton": lambda folder: train_py(folder, code=WITHOUT_TRITON),
     **{name: lambda folder, name=name: signal_in(name, folder) for name in SIGNALS}}
