@@ -251,8 +251,8 @@ def update_weights(run, lr, update):
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     if measured or not getattr(run.optimizer, "layers", None):   # else FP8AdamW has written the copies
         requantize(run)
-    if run.shards:
-        run.shards.share(scales, measured)
+    if run.sharded:
+        share(run, measured)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,18 +269,16 @@ def learning_rate(step, c):
 def forward_backward(run, step):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks. Return this rank's
     share of the mean loss, and its last (tokens, targets)."""
-    c, ranks, shards, loss_sum = run.c, run.ranks, run.shards, torch.zeros((), device=run.ranks.device)
+    c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         for layer in run.model.linears():
-            layer.accumulates = not sends   # DDP and shards wait for gradients in autograd's hooks
-        if shards:
-            shards.sending = sends
+            layer.accumulates = not sends   # DDP waits for gradients in autograd's hooks
         with nullcontext() if run.ddp is run.model or sends else run.ddp.no_sync():
             loss = run.ddp(tokens, targets)
-            (loss / len(mine)).backward()   # DDP averages over the ranks, and so do shards
+            (loss / len(mine)).backward()   # DDP averages over the ranks
         loss_sum += loss.detach() / c.accum
     return loss_sum, (tokens, targets)
 
@@ -304,7 +302,7 @@ def train(config):
         return ranks.say(f"{saved['path']} is at step {saved['step']} of {c.steps}: the run is done; "
                          f"raise --steps")
     run = prepare(c, ranks, saved)
-    if ranks.world > 1 and not run.shards:
+    if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device)
     ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
     ranks.say(f"model   {c.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, vocabulary "
@@ -325,7 +323,7 @@ def train(config):
 def loop(run, log):
     """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
     c, ranks, model, progress, saver = run.c, run.ranks, run.model, run.progress, Saver(run)
-    trained = [p for p in model.parameters() if p.requires_grad and run.mine(p)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
@@ -337,8 +335,7 @@ def loop(run, log):
         if ranks.device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(step + 1, ranks.rank, ranks.device)
         health = scale_health(run, *last_batch) if logging else {}
-        norm = run.shards.norm() if run.shards else get_total_norm([p.grad for p in trained
-                                                                   if p.grad is not None])
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
         shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
         loss, stopping, norm_value = torch.cat((shared, norm.view(1))).tolist()
@@ -427,17 +424,17 @@ def make_model(c, device, vocab=None):
 
 
 def build(c, ranks, vocab=None, saved=None):
-    """Return all that computes: model, optimizer, scales and shards, from the checkpoint `saved` if given."""
+    """Return all that computes: model, optimizer and scales, from the checkpoint `saved` if given."""
     torch.manual_seed(c.seed)
     model = make_model(c, ranks.device, vocab)
     for p in model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     owner = owners(model, ranks.world)
-    run = SimpleNamespace(c=c, ranks=ranks, model=model, ddp=model, owner=owner, shards=None,
-                          mine=lambda p: True)   # whether this rank steps p
-    if c.shard and ranks.world > 1:
-        run.shards = Shards(model, owner, ranks)
-        run.mine = run.shards.mine
+    run = SimpleNamespace(c=c, ranks=ranks, model=model, ddp=model, owner=owner,
+                          sharded=c.shard and ranks.world > 1)
+    run.mine = lambda p: not run.sharded or owner[p] == ranks.rank   # whether this rank steps p
+    if run.sharded:
+        drop_weights(run)
     run.optimizer = make_optimizer(model, c, run.mine)
     run.scales = make_scales(model, run.optimizer, c)
     # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
@@ -446,8 +443,8 @@ def build(c, ranks, vocab=None, saved=None):
     if saved:
         restore(run, saved)
     requantize(run)
-    if run.shards:
-        run.shards.share(run.scales, measured=True)
+    if run.sharded:
+        share(run, measured=True)
     return run
 
 
@@ -812,75 +809,42 @@ def owners(model, world):
     return owner
 
 
-class Shards:
-    """Share out the parameters, as ZeRO stage 1 does. Each has one owner, which keeps its moments and steps
-    it. Of a quantized weight the owner alone keeps the FP32 numbers.
+def drop_weights(run):
+    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape."""
+    need(run.ranks.world <= len(run.owner), f"--shard: {run.ranks.world} ranks are more than the "
+         f"{len(run.owner)} parameters to own: use fewer ranks, or leave --shard out")
+    for layer in run.model.linears():
+        if layer.recipe and not run.mine(layer.weight):
+            layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
 
-        after backward   gradients: summed in BF16 (FP32 on a CPU), sent to the owner during the backward pass
-        after the step   quantized weights: W in FP8 from the owner to all, each of which makes its W^T of it;
-                         embedding, head and norms in BF16 (FP32 on a CPU), as the model computes with them
+
+def share(run, measured):
+    """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
+    which each rank makes W^T; embedding, head and norms in BF16 (FP32 on a CPU), as the model uses them.
 
     All ranks predict scales by the same arithmetic. They exchange those that they measure.
     """
-
-    def __init__(self, model, owner, ranks):
-        self.owner, self.ranks, self.sent, self.sending = owner, ranks, [], False
-        self.layers = {layer.weight: layer for layer in model.linears() if layer.recipe}
-        self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        self.parameters = list(model.parameters())
-        need(ranks.world <= len(self.parameters), f"--shard: {ranks.world} ranks are more than the "
-             f"{len(self.parameters)} parameters to own: use fewer ranks, or leave --shard out")
-        for p in self.parameters:
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(self.send)
-            if p in self.layers and not self.mine(p):
-                p.data = p.data.new_zeros(1, 1).expand(p.shape)   # a shape without the numbers
-
-    def mine(self, p):
-        return self.owner[p] == self.ranks.rank
-
-    def send(self, p):
-        """Send the gradient of p, which the backward pass of the last micro-batch has completed."""
-        if not self.sending:
-            return
-        gradient = p.grad.to(self.dtype) / self.ranks.world
-        p.grad = p.grad if self.mine(p) else p.detach()   # takes no memory; WeightScales looks for a gradient
-        self.sent.append((p, gradient, dist.reduce(gradient, self.owner[p], async_op=True)))
-        if len(self.sent) > 8:   # waits for the oldest, mostly long since there, to free its memory
-            self.receive(*self.sent.pop(0))
-
-    def receive(self, p, gradient, work):
+    if measured:   # the weights that a rank does not own look like zeros to it
+        all_reduce(run.scales.scale, dist.ReduceOp.MAX)
+    dtype = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
+    layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
+    sent = []
+    for p, owner in run.owner.items():
+        if p not in layers:
+            data = p.data.to(dtype)
+        elif layers[p][0].copies:
+            data = layers[p][0].copies[0].data
+        else:
+            data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
+        sent.append((p, data, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
+    for p, data, work in sent:
         work.wait()
-        if self.mine(p):
-            p.grad.copy_(gradient)
-
-    def norm(self):
-        """Wait for the gradients. Return the norm of all of them, also of those that other ranks own."""
-        while self.sent:
-            self.receive(*self.sent.pop(0))
-        zero = torch.zeros((), device=self.ranks.device)
-        norms = [get_total_norm([p.grad]) if self.mine(p) and p.grad is not None else zero
-                 for p in self.parameters]
-        return torch.linalg.vector_norm(all_reduce(torch.stack(norms)))
-
-    def share(self, scales, measured):
-        """Send what the owners have to all ranks, after a step or at the start."""
-        if measured:   # the weights that a rank does not own look like zeros to it
-            all_reduce(scales.scale, dist.ReduceOp.MAX)
-        for w, scale in zip(scales.weights, scales.scale.view(-1, 1, 1)):
-            if w in self.layers and self.layers[w].copies is None:
-                data = torch.empty(w.shape, dtype=E4M3.dtype, device=w.device)
-                self.layers[w].set_copies((Quantized(data, scale, (ALL, ALL)), None))
-        rest = {p: p.data.to(self.dtype) for p in self.parameters if p not in self.layers}
-        sent = {p: layer.copies[0].data.view(torch.uint8) for p, layer in self.layers.items()} | rest
-        for work in [dist.broadcast(data, self.owner[p], async_op=True) for p, data in sent.items()]:
-            work.wait()
-        for p in sent:
-            if not self.mine(p) and p in rest:
-                p.data.copy_(rest[p])
-            elif not self.mine(p):
-                w = self.layers[p].copies[0]
-                self.layers[p].set_copies((w, Quantized(transpose(w.data), w.scale, w.block)))
+        if p not in layers and not run.mine(p):
+            p.data.copy_(data)
+        elif not run.mine(p):
+            layer, i = layers[p]
+            w = Quantized(data, run.scales.scale[i].view(1, 1), (ALL, ALL))
+            layer.set_copies((w, Quantized(transpose(data), w.scale, w.block)))
 
 
 # ------------------------------------------------------------------------------------------------------------

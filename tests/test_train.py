@@ -415,16 +415,20 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
 
 
 def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
-    shards = []
+    loads = []
     for rank in range(4):
         net = Transformer(PRESETS["nano"], "moss")
-        shards.append(train.Shards(net, train.owners(net, 4), train.Ranks(rank, 4, CPU)))
-        for p in shards[-1].layers:
-            assert p.untyped_storage().nbytes() == (4 * p.numel() if shards[-1].mine(p) else 4)
-    loads = [sum(p.numel() for p in s.parameters if s.mine(p)) for s in shards]
+        owner = train.owners(net, 4)
+        run = SimpleNamespace(model=net, owner=owner, mine=lambda p: owner[p] == rank, ranks=train.Ranks(rank, 4, CPU))
+        train.drop_weights(run)
+        for layer in net.linears():
+            kept = layer.weight.numel() if run.mine(layer.weight) else 1
+            assert layer.weight.untyped_storage().nbytes() == 4 * kept
+        loads.append(sum(p.numel() for p in net.parameters() if run.mine(p)))
     assert max(loads) < 1.1 * min(loads) and sum(loads) == sum(p.numel() for p in net.parameters())
+    run.ranks.world = 1000
     with pytest.raises(train.UserError, match="--shard: 1000 ranks are more than the"):
-        train.Shards(net, train.owners(net, 1000), train.Ranks(0, 1000, CPU))
+        train.drop_weights(run)
 
 
 def killed_under_torchrun(folder):
