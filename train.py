@@ -27,7 +27,6 @@ import signal
 import statistics
 import sys
 import sysconfig
-import threading
 import time
 import zlib
 from bisect import bisect
@@ -149,20 +148,6 @@ def parse_config(argv=None):
     config = Config(**given)
     config.given, config.data = given, config.data and os.path.abspath(config.data)   # for --resume elsewhere
     return config
-
-
-def recall(c, saved, say):
-    """Take the options that the command line does not give from a checkpoint's run. Say what differs."""
-    for name, value in saved.items():
-        if name in (*MODES, "out", "device") or not hasattr(c, name):   # an option may have left since
-            continue
-        if name not in c.given:
-            setattr(c, name, value)
-        elif getattr(c, name) != value:
-            need(name not in ("beta1", "beta2"), f"--{name} was {value}, as Adam's moments are: leave it out")
-            of_the_order = name in ("data", "batch", "accum", "seq", "seed")
-            order = "; windows of data are read in another order" if of_the_order else ""
-            say(f"note: --{name} was {value} and is now {getattr(c, name)}{order}")
 
 
 def resolve(c, device, world):
@@ -295,13 +280,13 @@ def evaluate(run, gradient=False):
     return all_reduce(total).item() / count
 
 
-def train(config):
+def train(c):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
-    ranks, c, saved = start(config)
+    ranks, saved = start(c)
     if saved and saved["step"] >= c.steps:
         return ranks.say(f"{saved['path']} is at step {saved['step']} of {c.steps}: the run is done; "
                          f"raise --steps")
-    run = prepare(c, ranks, saved)
+    run = build(c, ranks, saved)
     if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device)
     ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
@@ -316,13 +301,13 @@ def train(config):
     stop.in_loop = True   # from here on a signal lets the loop save
     run.val_loss = evaluate(run)
     ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {run.val_loss:.4f}")
-    with run_folder(c, ranks, run.progress.step) as log:   # from here on files are written
-        return loop(run, log)
+    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # now files are written
+        return loop(run, log, Saver(run, writer))
 
 
-def loop(run, log):
+def loop(run, log, saver):
     """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
-    c, ranks, model, progress, saver = run.c, run.ranks, run.model, run.progress, Saver(run)
+    c, ranks, model, progress = run.c, run.ranks, run.model, run.progress
     trained = [p for p in model.parameters() if p.requires_grad]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
@@ -343,10 +328,9 @@ def loop(run, log):
         watched = c.spike and len(progress.norms) >= 20
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
         if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
-            progress.updates, in_a_row = progress.updates + 1, 0
-            progress.norms = [*progress.norms[-99:], norm_value]
+            in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
-            update_weights(run, lr, progress.updates)
+            update_weights(run, lr, step + 1 - progress.skipped)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
             ranks.say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
@@ -399,64 +383,69 @@ def loop(run, log):
 # ------------------------------------------------------------------------------------------------------------
 # Before the loop: from options, or from a checkpoint, to what it needs
 
-def start(config):
-    """Return Ranks, the resolved Config, and the manifest of the checkpoint that it asks for, or None."""
-    ranks, reporting = start_ranks(config.device), config.eval_only or config.sample is not None
-    saved = newest_checkpoint(config.out, ranks) if config.resume or reporting else None
-    if saved:
-        recall(config, saved["config"], ranks.say)
-    elif config.resume:
-        ranks.say(f"note: there is no checkpoint in {config.out} yet: the run begins")
-    need(saved or not reporting, f"there is no checkpoint in {config.out}: check --out, or train first")
-    config.shard = config.shard and not reporting   # then every rank has all weights
-    return ranks, resolve(config, ranks.device, 1 if reporting else ranks.world), saved
+def start(c):
+    """Return Ranks, and the manifest of the checkpoint that --resume, --eval_only or --sample reads, or None.
+
+    Options that the command line does not give come from that checkpoint's run.
+    """
+    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample is not None
+    saved = newest_checkpoint(c.out, ranks) if c.resume or reporting else None
+    need(saved or not reporting, f"there is no checkpoint in {c.out}: check --out, or train first")
+    if c.resume and not saved:
+        ranks.say(f"note: there is no checkpoint in {c.out} yet: the run begins")
+    for name, was in saved["config"].items() if saved else ():
+        if name in (*MODES, "out", "device") or not hasattr(c, name):   # an option may have left since
+            continue
+        if name not in c.given:
+            setattr(c, name, was)
+        elif getattr(c, name) != was:
+            need(name not in ("beta1", "beta2"), f"--{name} was {was}, as Adam's moments are: leave it out")
+            other = "; windows of data are read in another order"
+            ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}"
+                      f"{other if name in ('data', 'batch', 'accum', 'seq', 'seed') else ''}")
+    c.shard = c.shard and not reporting   # then every rank has all weights
+    resolve(c, ranks.device, 1 if reporting else ranks.world)
+    return ranks, saved
 
 
-def make_model(c, device, vocab=None):
+def make_model(c, device, vocab):
     """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
-    preset = PRESETS[c.model]
     with blaming(f"--model {c.model}"), torch.device(device):
-        config = replace(preset, layers=c.layers, seq=c.seq, vocab=vocab or preset.vocab)
+        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
         model = Transformer(config, c.fp8, c.recompute)
     if device.type == "cuda" and c.fp8 == "none":
         model.compile(dynamic=False)
     return model
 
 
-def build(c, ranks, vocab=None, saved=None):
-    """Return all that computes: model, optimizer and scales, from the checkpoint `saved` if given."""
+def build(c, ranks, saved=None):
+    """Return all that a run needs: data (not for --bench), model, optimizer and scales, from the checkpoint
+    `saved` if given."""
+    with blaming("--data"):
+        parts = () if c.bench else open_data(c.data)
+    check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
+               "options or data: start all with the same command, and give every node all files of --data")
+    vocab = 256 if parts and parts[0].dtype == np.uint8 else PRESETS[c.model].vocab   # bytes, or tokens
+    run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1)
+    run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
     torch.manual_seed(c.seed)
-    model = make_model(c, ranks.device, vocab)
-    for p in model.parameters() if ranks.world > 1 and not saved else ():
+    run.model = run.ddp = make_model(c, ranks.device, vocab)
+    for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
-    owner = owners(model, ranks.world)
-    run = SimpleNamespace(c=c, ranks=ranks, model=model, ddp=model, owner=owner,
-                          sharded=c.shard and ranks.world > 1)
-    run.mine = lambda p: not run.sharded or owner[p] == ranks.rank   # whether this rank steps p
+    run.owner = owners(run.model, ranks.world)
+    run.mine = lambda p: not run.sharded or run.owner[p] == ranks.rank   # whether this rank steps p
     if run.sharded:
         drop_weights(run)
-    run.optimizer = make_optimizer(model, c, run.mine)
-    run.scales = make_scales(model, run.optimizer, c)
-    # `updates` are the steps that changed weights, `norms` those of their last 100 gradients. Nothing random
-    # is drawn while training, so a checkpoint holds this, weights, moments and scales, and no more.
-    run.progress = SimpleNamespace(step=0, updates=0, skipped=0, norms=[])
+    run.optimizer = make_optimizer(run.model, c, run.mine)
+    run.scales = make_scales(run.model, run.optimizer, c)
+    # `norms` are those of the last 100 gradients that changed weights. Nothing random is drawn while training,
+    # so a checkpoint holds this, weights, moments and scales, and no more.
+    run.progress = SimpleNamespace(step=0, skipped=0, norms=[])
     if saved:
         restore(run, saved)
     requantize(run)
     if run.sharded:
         share(run, measured=True)
-    return run
-
-
-def prepare(c, ranks, saved=None):
-    """Return `build` with training and validation Batches."""
-    with blaming("--data"):
-        *parts, vocab = open_data(c.data)
-    check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
-               "options or data: start all with the same command, and give every node all files of --data")
-    batches = [Batches(tokens, c, vocab or PRESETS[c.model].vocab) for tokens in parts]
-    run = build(c, ranks, vocab, saved)
-    run.batches, run.val_batches = batches
     return run
 
 
@@ -629,7 +618,7 @@ def data_files(source):
 
 
 def open_data(source):
-    """Return (training Tokens, validation Tokens, vocabulary or None if the files do not say) of --data.
+    """Return [training Tokens, validation Tokens] of --data.
 
     Validation data are token files with the word val, valid or validation in their path below --data, or a
     text file of that name (val.txt). Without these it is a twentieth: of at least 40 files those that a
@@ -651,7 +640,7 @@ def open_data(source):
         parts[0].append((path, offset, take))
         parts[1].append((path, offset + take * dtype.itemsize, count - take))
         left -= take
-    return *(Tokens(part, dtype) for part in parts), 256 if dtype == np.uint8 else None
+    return [Tokens(part, dtype) for part in parts]
 
 
 def shuffled(number, n, keys):
@@ -888,9 +877,9 @@ class Saver:
     manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
     """
 
-    def __init__(self, run):
-        self.run, self.out, self.thread, self.ok, self.lost = run, Path(run.c.out), None, True, None
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the threads
+    def __init__(self, run, writer):
+        self.run, self.out, self.writer, self.last = run, Path(run.c.out), writer, None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the writers
 
     def save(self):
         """Copy what this rank writes, and begin to write it."""
@@ -898,34 +887,30 @@ class Saver:
         run = self.run
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
                    "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
-        self.thread = threading.Thread(target=self.write, args=(own_state(run), content), name="checkpoint")
-        self.thread.start()
+        self.last = self.writer.submit(self.write, own_state(run), content)
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        if self.thread:
-            self.thread.join()
-        if self.lost:   # a rank that writes on would take the answers to one checkpoint for those to another
-            raise RunError(f"another rank is gone ({self.lost}): go on with --resume")
-        return self.ok
+        try:
+            return self.last is None or self.last.result()
+        except Exception as e:   # a rank that writes on would take answers to one checkpoint for another's
+            reason = f"{type(e).__name__}: {e}".partition("\n")[0]
+            raise RunError(f"another rank is gone ({reason}): go on with --resume") from None
 
     def write(self, own, content):
+        """Return whether the checkpoint was written. Raise what ends the talk with the other ranks."""
         folder, ranks = self.out / f"step_{content['step']:08}.tmp", self.run.ranks
-        try:
-            parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
-            error = next((error for _, error in parts if error), None)
-            if not error:   # the rest is rank 0's
-                files = {name: written for part, _ in parts for name, written in part.items()}
-                done = attempt(self.commit, folder, {**content, "files": files}) if ranks.rank == 0 else None
-                _, error = gather(done, self.group)[0]
-        except Exception as e:
-            self.lost = f"{type(e).__name__}: {e}".partition("\n")[0]
-            return
-        self.ok = not error
+        parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
+        error = next((error for _, error in parts if error), None)
+        if not error:   # the rest is rank 0's
+            files = {name: written for part, _ in parts for name, written in part.items()}
+            done = attempt(self.commit, folder, {**content, "files": files}) if ranks.rank == 0 else None
+            _, error = gather(done, self.group)[0]
         if error and ranks.rank == 0:
             ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
                       f"make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
+        return not error
 
     def commit(self, folder, content):
         """Write the manifest, rename the folder, and remove old ones."""
@@ -1102,17 +1087,17 @@ def run_folder(c, ranks, step):
 # ------------------------------------------------------------------------------------------------------------
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
-def report(config):
+def report(c):
     """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing.
 
     Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
     against that of the first, ||g - g_first|| / ||g_first||.
     """
-    ranks, c, saved = start(config)
+    ranks, saved = start(c)
     recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 or ranks.world == 1, "--eval_only of several recipes: run it without torchrun")
     for fp8 in recipes:
-        run = prepare(replace(c, fp8=fp8), ranks, saved)
+        run = build(replace(c, fp8=fp8), ranks, saved)
         if c.sample is not None:
             return ranks.say(sample(run, c.sample))
         loss = evaluate(run, gradient=len(recipes) > 1)
@@ -1145,13 +1130,13 @@ COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU"
            "peak GiB": ".2f", "kept GiB": ".3f"}   # of the table that --bench prints: format
 
 
-def bench(config):
+def bench(c):
     """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
 
     Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
     first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
     """
-    ranks, c, _ = start(config)
+    ranks, _ = start(c)
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
@@ -1229,9 +1214,6 @@ if __name__ == "__main__":
         signal.signal(number, on_signal)
     code = main()
     if dist.is_initialized() and code:   # the others wait in a collective, and NCCL would wait for them
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":   # which is being written
-                thread.join()
         os._exit(code)
     if dist.is_initialized():
         gc.collect()   # frees DDP, which holds the process group, whose threads must end before Python does

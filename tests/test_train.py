@@ -978,18 +978,18 @@ SPLITS = {   # what it shows: (files, --data, training tokens, validation tokens
 def test_data_are_read_and_split(what, tmp_path):
     files, data, *expected = SPLITS[what]
     write(tmp_path, files)
-    *read, vocab = train.open_data(str(tmp_path / data))
+    read = train.open_data(str(tmp_path / data))
     is_text = isinstance(expected[0], str)
     assert [part.read(0, len(part)).tolist() for part in read] == [
         list(part.encode() if is_text else part) for part in expected]
-    assert vocab == (256 if is_text else None)   # files of tokens do not say it: the preset does
+    assert all((part.dtype == np.uint8) == is_text for part in read)   # a model of bytes has 256 tokens
 
 
 def test_many_text_files_are_split_by_file_the_same_way_wherever_they_lie(tiny, tmp_path):
     odd = os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "café"   # a name need not be UTF-8
     texts = {f"{odd}{i}.txt": f"file {i}. " for i in range(200)}
     write(tmp_path, {"many": texts, odd: texts})
-    splits = [[{path.name for path, _, _ in tokens.files} for tokens in train.open_data(folder)[:2]]
+    splits = [[{path.name for path, _, _ in tokens.files} for tokens in train.open_data(folder)]
               for folder in (tmp_path / "many", tmp_path / "many", tmp_path / odd)]
     assert splits[0] == splits[1] == splits[2]
     training, validation = splits[0]
@@ -1032,7 +1032,7 @@ def test_a_large_file_is_read_window_by_window(tmp_path):
     with open(tmp_path / "large.bin", "wb") as f:
         f.truncate(2**30)   # a hole: takes no space on the disk
     tracemalloc.start()
-    training, validation, _ = train.open_data(tmp_path / "large.bin")
+    training, validation = train.open_data(tmp_path / "large.bin")
     batches = train.Batches(training, config(), 256)
     for step in range(10):
         batches.step(step, 0, CPU)
@@ -1042,9 +1042,9 @@ def test_a_large_file_is_read_window_by_window(tmp_path):
 
 
 def test_the_default_corpus_is_pythons_own_source_split_by_file():
-    training, validation, vocab = train.open_data(None)
+    training, validation = train.open_data(None)
     files = [{path for path, _, _ in tokens.files} for tokens in (training, validation)]
-    assert vocab == 256 and not files[0] & files[1]
+    assert training.dtype == np.uint8 and not files[0] & files[1]
     assert all(path.suffix == ".py" and "site-packages" not in path.parts for path in files[0] | files[1])
     assert 0.02 < len(validation) / (len(training) + len(validation)) < 0.1   # a twentieth of the files
 
@@ -1060,8 +1060,9 @@ def test_a_bad_step_is_skipped_and_counted(options, steps, factor, part, tiny, o
     poison(monkeypatch, steps, factor, part)
     summary = run(tiny(f"{options} --eval_every 1 --keep 3"))
     good = [step for step in range(summary["steps"]) if step not in steps]
-    progress, losses = states(out)[0]["progress"], [record["val_loss"] for record in read_log(out)]
-    assert summary["skipped_steps"] == progress["skipped"] == len(steps) and progress["updates"] == len(good)
+    saved, losses = states(out)[0], [record["val_loss"] for record in read_log(out)]
+    assert summary["skipped_steps"] == saved["progress"]["skipped"] == len(steps)
+    assert {int(kept["step"]) for kept in saved["parameters"].values()} == {len(good)}   # Adam's own count
     assert steps_in(out) == [step + 1 for step in reversed(good)][:3]   # the newest that were written
     assert {i + 1 for i, (a, b) in enumerate(zip(losses, losses[1:])) if a == b} == steps - {0}
     assert all(weight.isfinite().all() for weight in weights(out).values())
