@@ -366,8 +366,6 @@ def loop(run, log, saver):
         raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
     if progress.step < c.steps:
         return ranks.say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
-    if ranks.rank == 0:
-        ranks.say(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
                "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
@@ -375,8 +373,10 @@ def loop(run, log, saver):
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    for key, value in summary.items():
-        ranks.say(f"{key:16} {value:,}" if isinstance(value, int) else f"{key:16} {value}")
+    if ranks.rank == 0:
+        print(f"\n--- sample ---\n{sample(run)}\n--- summary ---",
+              *(f"{key:16} {value:{',' if isinstance(value, int) else ''}}" for key, value in summary.items()),
+              sep="\n")
     return summary
 
 
@@ -403,6 +403,10 @@ def start(c):
             other = "; windows of data are read in another order"
             ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}"
                       f"{other if name in ('data', 'batch', 'accum', 'seq', 'seed') else ''}")
+    with blaming(f"--out {c.out} cannot be written, choose another folder"):
+        for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
+            need(not Path(c.out).is_dir() or not Path(inside).is_relative_to(os.path.realpath(c.out)),
+                 f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
     resolve(c, ranks.device, 1 if reporting else ranks.world)
     return ranks, saved
@@ -925,16 +929,15 @@ class Saver:
 
 
 def write_file(path, own):
-    """Write a file. Return {its name: [size in bytes, CRC32]}."""
     path.parent.mkdir(exist_ok=True)
     torch.serialization.set_crc32_options(False)   # the CRC of the whole file is enough
     torch.save(own, path)
     with open(path) as f:
         os.fsync(f.fileno())
-    return {path.name: sums(path)}
+    return {path.name: size_and_crc(path)}
 
 
-def sums(path):
+def size_and_crc(path):
     data = np.memmap(path, mode="r")
     return [len(data), zlib.crc32(data)]
 
@@ -948,7 +951,7 @@ def read_manifest(path, ranks):
     if content["step"] != int(path.name[5:]):
         raise ValueError(f"it was written as that of step {content['step']}")
     for i, (name, written) in enumerate(content["files"].items()):
-        if i % ranks.world == ranks.rank and sums(path / name) != written:
+        if i % ranks.world == ranks.rank and size_and_crc(path / name) != written:
             raise ValueError(f"{name} is not what was written")
     return {**content, "path": path}
 
@@ -1037,19 +1040,16 @@ def run_folder(c, ranks, step):
         yield lambda record: None
         return
     out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
-    path, cannot = out / "log.jsonl", "cannot be written, choose another folder"
+    path = out / "log.jsonl"
     with ExitStack() as files:
-        with blaming(f"--out {c.out} {cannot}"):
-            for inside in map(os.path.realpath, (".", c.data or ".")):
-                need(not out.is_dir() or not Path(inside).is_relative_to(out),
-                     f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
-            lock(out, files)
         if c.tensorboard:
-            with blaming(f"--tensorboard {c.tensorboard} {cannot} or pip install tensorboard"):
+            with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder, "
+                         f"or needs pip install tensorboard"):
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
                 from torch.utils.tensorboard import SummaryWriter
                 board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
-        with blaming(f"--out {c.out} {cannot}"):
+        with blaming(f"--out {c.out} cannot be written, choose another folder"):
+            lock(out, files)
             if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
                 ranks.say(f"an earlier run in {out} was moved to {move_aside(out)}")
                 lock(out, files)
@@ -1061,16 +1061,15 @@ def run_folder(c, ranks, step):
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
             path.with_suffix(".tmp").replace(path)
-        about = {"command": shlex.join(sys.argv), "config": asdict(c), "torch": torch.__version__,
-                 "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores",
-                 "python": sys.version.split()[0],
-                 "triton": sys.modules["triton"].__version__ if HAS_TRITON else None}   # in the first line
+        about = {"command": shlex.join(sys.argv), "config": asdict(c), "python": sys.version.split()[0],
+                 "torch": torch.__version__, "triton": HAS_TRITON and sys.modules["triton"].__version__,
+                 "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores"}
 
         def append(record):
             finite = {key: x if math.isfinite(x) else None for key, x in record.items()}   # JSON has no NaN
             with open(path, "a") as file:
                 file.write(json.dumps({**finite, **about}) + "\n")
-            about.clear()
+            about.clear()   # it stands in the first line alone
 
         def draw(record):
             for key, value in record.items() if board else ():
@@ -1078,8 +1077,7 @@ def run_folder(c, ranks, step):
 
         def log(record):
             for where, write in (("log.jsonl", append), ("--tensorboard", draw)):
-                error = attempt(write, record)[1]
-                if error:
+                if error := attempt(write, record)[1]:
                     ranks.say(f"warning: step {record['step']} is not in {where} ({error})")
         yield log
 
@@ -1126,23 +1124,17 @@ def plot_runs(folders, path):
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
 
 
-COLUMNS = {"fwd+bwd ms": ".2f", "optimizer ms": ".2f", "tokens/s": ",.0f", "MFU": ".1%", "x none": ".3f",
-           "peak GiB": ".2f", "kept GiB": ".3f"}   # of the table that --bench prints: format
-
-
 def bench(c):
-    """Time the recipes one after another on random tokens. Return {name: its row of COLUMNS}.
+    """Time the recipes one after another on random tokens. Return {name: its row of the table}.
 
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and MFU count --accum of the
+    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the
     first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
     """
     ranks, _ = start(c)
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
-          f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n\nrecipe  "
-          + "".join(f"{title:>14}" for title in COLUMNS))
-    wait, allocated = ((torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu
-                       else (lambda: None, lambda: math.nan))
+          f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")
+    wait, memory = (torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu else (lambda: None, lambda: 0)
     for fp8 in c.fp8.split(","):
         run, times = build(replace(c, fp8=fp8), ranks), []
         inputs, targets = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
@@ -1150,25 +1142,27 @@ def bench(c):
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            start_time, before = time.perf_counter(), allocated()
+            times.append([time.perf_counter()])
+            before = memory()
             loss = run.model(inputs, targets)
-            kept = allocated() - before
+            kept = memory() - before
             loss.backward()
             wait()
-            middle = time.perf_counter()
+            times[-1].append(time.perf_counter())
             update_weights(run, c.lr, step + 1)
             wait()
-            times.append((middle - start_time, time.perf_counter() - middle))
+            times[-1].append(time.perf_counter())
             run.optimizer.zero_grad()
-        forward_backward, update = (1e3 * statistics.median(column) for column in zip(*times[3:]))
-        speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * forward_backward + update)
-        peak = torch.cuda.max_memory_allocated() if gpu else math.nan
-        none = forward_backward if fp8 == "none" else rows.get("none", {}).get("fwd+bwd ms", math.nan)
-        rows[fp8] = dict(zip(COLUMNS, (
-            forward_backward, update, speed, mfu(run.model, speed, device).get("mfu", math.nan),
-            none / forward_backward, peak / 2**30, kept / 2**30)))
-        print(f"{fp8:8}" + "".join(f"{x:>14{COLUMNS[title]}}" if math.isfinite(x) else f"{'-':>14}"
-                                   for title, x in rows[fp8].items()))
+        first, second = (1e3 * statistics.median(t[i + 1] - t[i] for t in times[3:]) for i in (0, 1))
+        speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * first + second)
+        rows[fp8] = row = {"fwd+bwd ms": first, "optimizer ms": second, "tokens/s": speed,
+                           **mfu(run.model, speed, device)}
+        if gpu:
+            row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, "kept GiB": kept / 2**30}
+        row["x none"] = rows["none"]["fwd+bwd ms"] / first if "none" in rows else math.nan
+        if len(rows) == 1:
+            print("recipe  ", *(f"{name:>13}" for name in row))
+        print(f"{fp8:8}", *(f"{x:>13,.{0 if x > 1000 else 3}f}" for x in row.values()))
         run = loss = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
