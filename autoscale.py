@@ -97,17 +97,18 @@ UPDATE_SLACK = 1 + 2**-8
 
 
 class WeightScales:
-    """The FP32 scales of n FP8 weights in one vector, so that predicting all of them is one tiny operation.
+    """The FP32 scales of FP8 weights in one vector, so that predicting all of them is one tiny operation.
 
-    weights   n FP32 parameters of any shapes on one device, updated in place by the optimizer
+    weights   FP32 parameters of any shapes on one device, updated in place by the optimizer
     mode      "predicted": grow by the bound, and rescale every `interval` steps, 0 for never (MOSS)
               "current": rescale after every step (just-in-time scaling)
+    parts     for each weight, how many scales it has, for as many equal groups of rows (experts); default 1
 
-    self.scale, (n,) float32, only changes in place: a layer may keep the view scale[i]. It is MIN_SCALE for a
-    weight of zeros. A prediction does not look at weights: only a rescale shows a NaN or Inf in one.
+    self.scale, (n,) float32, only changes in place: a layer may keep self.views[i], the scales of weight i.
+    The scale of zeros is MIN_SCALE. A prediction does not look at weights: only a rescale shows a NaN or Inf.
     """
 
-    def __init__(self, weights, mode="predicted", interval=500):
+    def __init__(self, weights, mode="predicted", interval=500, parts=None):
         self.weights, self.mode, self.interval = list(weights), mode, interval
         if mode not in ("predicted", "current") or interval < 0:
             raise ValueError(f"{mode = }, {interval = }: use 'predicted' or 'current', and 0 or more steps")
@@ -116,15 +117,18 @@ class WeightScales:
         device, *others = sorted({str(w.device) for w in self.weights})
         if others:
             raise ValueError(f"weights on {device} and {others[0]}; make one WeightScales for each device")
-        self.scale = torch.empty(len(self.weights), dtype=torch.float32, device=device)
+        self.parts = list(parts or [1] * len(self.weights))
+        self.scale = torch.empty(sum(self.parts), dtype=torch.float32, device=device)
+        self.views = self.scale.split(self.parts)
         self.rescale()
 
     @torch.no_grad()
     def true_scale(self) -> torch.Tensor:
-        """Return max|W| / 448 of each weight, (n,). Every weight is read; the host does not wait for it."""
+        """Return max|W| / 448 of each group of weights, (n,). All are read; the host does not wait for it."""
         # One pass: 0.17 ms for 11008 x 16384 on an H200. w.abs().amax(), which writes a copy, takes 0.52 ms.
-        minima, maxima = zip(*((w if w.numel() else w.new_zeros(1)).aminmax() for w in self.weights))
-        amax = torch.maximum(torch.stack(maxima), -torch.stack(minima))
+        minima, maxima = zip(*((w if w.numel() else w.new_zeros(n)).reshape(n, -1).aminmax(dim=1)
+                               for w, n in zip(self.weights, self.parts)))
+        amax = torch.maximum(torch.cat(maxima), -torch.cat(minima))
         return (amax / E4M3.max).clamp_min(MIN_SCALE)
 
     def headroom(self) -> torch.Tensor:
@@ -157,7 +161,7 @@ class WeightScales:
         if decay >= 1 or all(w.grad is not None for w in self.weights):
             self.scale.mul_(decay * WEIGHT_SLACK)   # all scales at once
         else:
-            for w, scale in zip(self.weights, self.scale):
+            for w, scale in zip(self.weights, self.views):
                 scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
         self.scale.add_(abs(lr) * adam_update_bound(step, *betas) * UPDATE_SLACK / E4M3.max)
 
@@ -210,8 +214,8 @@ class FP8AdamW(torch.optim.AdamW):
     takes 38: the finished weight is read again to find it, and once more to quantize.
 
     layers   objects with `weight` (N, K) FP32; `copies`, its Quantized W (N, K) and W^T (K, N), or None; and
-             `requantize(scale)`, which renews them. Their scale is a view of WeightScales.scale. It has to be
-             that of the new weights when step() is called, or its closure returns. Else requantize after it.
+             `requantize(scale)`, which renews them. Their scales are WeightScales.views. They have to be
+             those of the new weights when step() is called, or its closure returns. Else requantize after it.
 
     State and results are those of AdamW, to rounding. AdamW itself steps weights that the kernel does not
     take, and they are requantized. On other devices, and in a copy of this optimizer, it is AdamW alone.
@@ -243,12 +247,12 @@ class FP8AdamW(torch.optim.AdamW):
         for p, gradient in gradients.items():
             p.grad = gradient
         for layer in others:   # their weights or at least their scales have changed
-            layer.requantize(layer.copies[0].scale if layer.copies[0].block == (ALL, ALL) else None)
+            layer.requantize(layer.copies[0].scale if layer.copies[0].block[1] == ALL else None)
         return loss
 
     def kernel_takes(self, p, group, w) -> bool:
         """Return whether p has a gradient, options that the kernel knows, and tensors as it needs them."""
-        if p.grad is None or w.block != (ALL, ALL) or not group.get("decoupled_weight_decay"):
+        if p.grad is None or w.block[1] != ALL or not group.get("decoupled_weight_decay"):
             return False
         odd = any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable"))
         moments = (self.state.get(p, {}).get(name, p) for name in ("exp_avg", "exp_avg_sq"))
@@ -269,7 +273,8 @@ class FP8AdamW(torch.optim.AdamW):
 # The kernel
 
 def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
-    """Take one AdamW step on p (N, K) in place, as torch does; then w (N, K), w_t (K, N) = E4M3(p / scale).
+    """Take one AdamW step on p (N, K) in place, as torch does; then w (N, K), w_t (K, N) = E4M3(p / scale),
+    with a scale (E, 1) for each of E groups of rows.
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)       m_hat, v_hat: over 1 - beta^step
@@ -279,14 +284,14 @@ def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, ste
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     p.mul_(1 - lr * weight_decay)
     p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**step)).add_(eps), value=-lr / (1 - beta1**step))
-    w.copy_(cast(p * (1 / scale), E4M3))
+    w.copy_(cast((p.unflatten(0, (len(scale), -1)) * (1 / scale)[..., None]).view_as(p), E4M3))
     w_t.copy_(w.t())
 
 
 if HAS_TRITON:
     @triton.jit
-    def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, N, K, decay, one_minus_beta1,
-                      beta2, one_minus_beta2, v_root_correction, eps, step_size,
+    def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, N, K, rows, decay,
+                      one_minus_beta1, beta2, one_minus_beta2, v_root_correction, eps, step_size,
                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
         """Compute `adamw_reference` on one tile: every number is read once and written once."""
         n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -303,7 +308,8 @@ if HAS_TRITON:
         tl.store(p_ptr + at, p, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
         tl.store(v_ptr + at, v, mask=inside)
-        w = to_fp8(p * tl.div_rn(1.0, tl.load(scale_ptr)))
+        scale = tl.load(scale_ptr + n // rows, mask=n < N, other=1.0)   # each is that of so many rows
+        w = to_fp8(p * tl.div_rn(1.0, scale)[:, None])
         tl.store(w_ptr + at, w, mask=inside)
         tl.store(w_t_ptr + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
 
@@ -311,9 +317,9 @@ if HAS_TRITON:
         """Compute `adamw_reference` in one pass over memory. All tensors have to be contiguous."""
         (N, K), (beta1, beta2) = p.shape, betas
         grid = (cdiv(N, 64), cdiv(K, 64))   # with 8 warps the fastest of eleven shapes on an H200
-        _adamw_kernel[grid](p, g, m, v, w, w_t, scale, N, K, 1 - lr * weight_decay, 1 - beta1, beta2,
-                            1 - beta2, math.sqrt(1 - beta2**step), eps, lr / (1 - beta1**step),
-                            BLOCK_N=64, BLOCK_K=64, num_warps=8)
+        _adamw_kernel[grid](p, g, m, v, w, w_t, scale, N, K, N // len(scale), 1 - lr * weight_decay,
+                            1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), eps,
+                            lr / (1 - beta1**step), BLOCK_N=64, BLOCK_K=64, num_warps=8)
 
 
 # ---------------------------------------------------------------------------------------------------

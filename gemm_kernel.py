@@ -22,6 +22,7 @@ that of A B^T. W^T, dY^T and X^T are copies that are stored transposed.)
 """
 
 import statistics
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -30,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
-                        kernels_run_on, quantize, quantize_reference, transpose)
+                        kernels_run_on, quantize, quantize_reference, transpose, transposed)
 
 if HAS_TRITON:
     import triton
@@ -47,35 +48,74 @@ def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float3
     return (product if add is None else product + add.detach().float()).to(out_dtype)
 
 
-def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
+@dataclass
+class Groups:
+    """Say which rows of a matrix belong to which of E groups (the experts of model.py). They are sorted by
+    group, and a group begins at a multiple of 128: a tile of a product has one. Rows at the end have none."""
+    first: torch.Tensor     # (E + 1,) int32: rows first[e] ... first[e + 1] - 1 are those of group e
+    of_tile: torch.Tensor   # (rows / 128,) int32: the group of each 128 rows
+
+    count = property(lambda self: len(self.first) - 1)
+
+
+def grouped_reference(a, b, groups, way, out_dtype=torch.float32, add=None, dtype=torch.float32):
+    """Multiply each group of rows by a matrix of its own. Quantized a and b are those of the `way`:
+
+        fprop   Y (R, N)    = X (R, K) W_e(N, K)^T       b: W (E N, K), the matrices one below the other
+        dgrad   dX (R, K)   = dY (R, N) W_e^T(K, N)^T    b: W^T (K, E N), side by side
+        wgrad   dW (E N, K) = dY^T(N, R) X^T(K, R)^T     each sum over the rows of one group
+    """
+    first, E, x, y = groups.first.tolist(), groups.count, a.dequantize(dtype), b.dequantize(dtype)
+    product = x.new_zeros(product_shape(a, b, E, way))
+    for e, rows in enumerate(map(slice, first, first[1:])):
+        if way == "wgrad":
+            product.chunk(E)[e].copy_(x[:, rows] @ y[:, rows].t())
+        else:
+            product[rows] = x[rows] @ y.chunk(E, dim=0 if way == "fprop" else 1)[e].t()
+    return (product if add is None else product + add.detach().float()).to(out_dtype)
+
+
+def product_shape(a, b, E=1, way="fprop"):
+    M, N = len(a.data), len(b.data)
+    return {"fprop": (M, N // E), "dgrad": (M, N), "wgrad": (M * E, N)}[way]
+
+
+def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, groups=None, way="fprop"):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N) in the fastest way this device has. It has no gradient.
 
     promote   add the tensor core's running sum into FP32 every 2048 of K, and start anew
     add, out  (M, N): a residual to add, and where to write, in the dtype of `out`; add = out accumulates
+    groups    multiply each group of rows by a matrix of its own, as `grouped_reference`; way: which product
 
     Without FP8 kernels this multiplies in FP32. With them, BF16 serves what the kernel cannot multiply, and
     blocks of 32, where the kernel is slower. BF16 is exact for powers of two (`mx`), else it rounds.
     """
-    check_product(a, b, out_dtype, add, out)
+    check_product(a, b, out_dtype, add, out, groups, way)
     tensor_cores = kernels_run_on(a.data.device)
-    if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b):
-        return matmul_triton(a, b, out_dtype, promote, add, out)
-    out_dtype = out_dtype if out is None else out.dtype
-    product = matmul_reference(a, b, out_dtype, add, torch.bfloat16 if tensor_cores else torch.float32)
+    if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b, groups):
+        return matmul_triton(a, b, out_dtype, promote, add, out, groups, way)
+    reference = partial(grouped_reference, groups=groups, way=way) if groups else matmul_reference
+    product = reference(a, b, out_dtype=out_dtype if out is None else out.dtype, add=add,
+                        dtype=torch.bfloat16 if tensor_cores else torch.float32)
     return product if out is None else out.copy_(product)
 
 
-def kernel_can_multiply(a, b):
+def kernel_can_multiply(a, b, groups=None):
     """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
     fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
-    after = a.block in ((1, ALL), (ALL, ALL)) and b.block == (ALL, ALL)
+    after = a.block in ((1, ALL), (ALL, ALL)) and (b.block == (ALL, ALL) or groups)
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
-    return fp8 and (after or inside)
+    return fp8 and bool(after or inside and not groups)
 
 
-def check_product(a, b, out_dtype, add, out):
+def check_product(a, b, out_dtype, add, out, groups=None, way="fprop"):
     """Raise ValueError for what the kernel cannot multiply, on every device: what runs on one runs on all."""
-    (M, K), (N, K_b) = a.data.shape, b.data.shape
+    E, (K, K_b) = groups.count if groups else 1, (a.data.shape[1], b.data.shape[1])
+    (M, N), K_b = product_shape(a, b, E, way), K_b // E if way == "dgrad" else K_b
+    rows, outputs = (K, len(a.data)) if way == "wgrad" else (M, 128)
+    if groups and (rows != 128 * len(groups.of_tile) or outputs % 128):
+        raise ValueError(f"FP8 {way} of {rows} rows and {outputs} outputs in groups that have "
+                         f"{128 * len(groups.of_tile)} rows: these must agree, and outputs divide by 128")
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
                          f"with zeros (K is the summed axis, in wgrad the tokens)")
@@ -142,30 +182,34 @@ def quantize_for_both_sums(x, fmt, recipe):
     return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # of the unquantized x: rounded once
 
 
-def wgrad_factor(dy, x):
+def wgrad_factor(dy, x, groups=None):
     """Split the scales of wgrad into a factor (T, 1) <= 1 of the rows of dY and one scale (1, 1) for all.
 
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
     Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
+    Rows that belong to no group get the factor 0, whatever they hold.
     """
     if dy.block != (1, ALL) or x.block != (1, ALL) or dy.data.shape[0] != x.data.shape[0]:
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
                          f"pass dY and X of the same tokens, both quantized in blocks (1, ALL)")
     scale_dy, scale_x = (q.scale if q.global_scale is None else q.scale * q.global_scale for q in (dy, x))
     scale = scale_dy * scale_x                                    # (T, 1)
+    if groups:
+        row = torch.arange(len(scale), device=scale.device)[:, None]
+        scale = torch.where(row < groups.first[-1], scale, 0)
     largest = scale.amax() if scale.numel() else scale.new_zeros(())
     common = largest.clamp(min=MIN_SCALE).view(1, 1)
     return scale / common, common
 
 
-def transpose_for_wgrad(dy, x):
+def transpose_for_wgrad(dy, x, groups=None):
     """Transpose Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale each.
 
     `wgrad_factor` is multiplied into dY^T. For powers of two this is exact while the result is normal: only
     numbers of about 2^-14 of the largest possible, or less, lose bits. X^T is X transposed, unchanged.
     """
-    factor, common = wgrad_factor(dy, x)
+    factor, common = wgrad_factor(dy, x, groups)
     dy_t = Quantized(transpose(dy.data, factor), common, (ALL, ALL))
     return dy_t, Quantized(transpose(x.data), torch.ones_like(common), (ALL, ALL))
 
@@ -262,7 +306,8 @@ if HAS_TRITON:
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PROGRAMS: tl.constexpr, IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr,
                      A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, ADD: tl.constexpr,
-                     TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr):
+                     TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr,
+                     first_ptr=None, of_tile_ptr=None, GROUPS: tl.constexpr = 0, WAY: tl.constexpr = "fprop"):
         """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share its tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product. Otherwise
@@ -271,10 +316,14 @@ if HAS_TRITON:
         FLATTEN     one loop over tiles and K together: the next tile is fetched while this one is written.
         TMA_STORE   the tensor memory accelerator writes the tile. It needs rows at multiples of 16 bytes.
         QUARTERS    the tile leaves through shared memory in quarters, not halves: they fit beside A and B.
+        GROUPS      > 0: so many groups of rows, as in `grouped_reference`; WAY is fprop, dgrad or wgrad.
         Loads past the edge of A or B give zeros, which add nothing.
         """
         GROUP_M: tl.constexpr = 12  # walk tiles in columns of 12: the 132 SMs share 12 of A and 11 of B in L2
-        tiles_m = tl.cdiv(M, BLOCK_M)
+        rows = M
+        if GROUPS and WAY != "wgrad":
+            rows = tl.load(first_ptr + GROUPS)   # the others have no group, and their outputs no meaning
+        tiles_m = tl.cdiv(rows, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         k_tiles = tl.cdiv(K, BLOCK_K)
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
@@ -284,13 +333,27 @@ if HAS_TRITON:
             n0 = (tile % (GROUP_M * tiles_n) // group_m) * BLOCK_N
             m = m0 + tl.arange(0, BLOCK_M)
             n = n0 + tl.arange(0, BLOCK_N)
+            a_row, b_row, a_col, b_col, group = m0, n0, 0, 0, 0   # where the operands of this tile begin
+            if GROUPS:
+                if WAY == "wgrad":
+                    group = m0 // (M // GROUPS)
+                    a_row = m0 % (M // GROUPS)
+                    a_col = tl.load(first_ptr + group)
+                    b_col = a_col
+                    k_tiles = (tl.load(first_ptr + group + 1) - a_col) // BLOCK_K
+                else:
+                    group = tl.load(of_tile_ptr + m0 // 128)
+                    if WAY == "fprop":
+                        b_row += group * N
+                    else:
+                        b_col = group * K
 
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             if PROMOTE:
                 pair = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.int32)
             for k in range(k_tiles):
-                a = a_desc.load([m0, k * BLOCK_K])
-                b = b_desc.load([n0, k * BLOCK_K])
+                a = a_desc.load([a_row, a_col + k * BLOCK_K])
+                b = b_desc.load([b_row, b_col + k * BLOCK_K])
                 if IN_LOOP:
                     a_scale = tl.load(a_scale_ptr + k * M + m, mask=m < M, other=0.0)[:, None]
                     b_scale_row = b_scale_ptr + k * tl.cdiv(N, B_ROWS)
@@ -311,7 +374,8 @@ if HAS_TRITON:
                 left += low(pair)
                 right += high(pair)
             if not IN_LOOP:
-                scale = tl.load(a_scale_ptr + m * A_PER_ROW, mask=m < M, other=0.0) * tl.load(b_scale_ptr)
+                scale = tl.load(a_scale_ptr + m * A_PER_ROW, mask=m < M, other=0.0)
+                scale *= tl.load(b_scale_ptr + (group if WAY != "wgrad" else 0))
                 left *= scale[:, None]
                 right *= scale[:, None]
             if QUARTERS:
@@ -347,9 +411,11 @@ if HAS_TRITON:
         gpu = torch.cuda.get_device_properties(device)
         return gpu.multi_processor_count, (gpu.major, gpu.minor) == (9, 0)
 
-    def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None):
+    def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, groups=None,
+                      way="fprop"):
         """Multiply as `matmul`, which has checked that it can."""
-        (M, K), N, in_loop = a.data.shape, b.data.shape[0], a.block[1] != ALL
+        E, in_loop = groups.count if groups else 0, a.block[1] != ALL
+        (M, N), K = product_shape(a, b, E or 1, way), a.data.shape[1]
         sms, hopper = sms_and_hopper(a.data.device)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
@@ -365,7 +431,8 @@ if HAS_TRITON:
             c, add, *scales, M, N, K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             PROGRAMS=sms * programs, IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0,
             A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1), ADD=add is not None,
-            TMA_STORE=tma_store, QUARTERS=parts == 4, FLATTEN=not promote and not in_loop,
+            TMA_STORE=tma_store, QUARTERS=parts == 4, FLATTEN=not promote and not in_loop, GROUPS=E, WAY=way,
+            first_ptr=groups.first if groups else None, of_tile_ptr=groups.of_tile if groups else None,
             num_warps=warps, num_stages=stages)
         return c
 
@@ -402,7 +469,6 @@ def show_sums():
 
 def measure(M, N, K, fprop):
     """Return {way to multiply: (median ms with BF16 output, error with FP32 output)}, of random data."""
-    from triton.testing import do_bench
     x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (M, N))
     (a, b), one = operands(M, N, K, "moss", "cuda"), torch.ones((), device="cuda")
     ours = {"as trained": partial(matmul_triton, a, b, promote=not fprop)}
@@ -415,10 +481,16 @@ def measure(M, N, K, fprop):
     errors = {way: product_error(multiply(torch.float32), *multiply.args) for way, multiply in ours.items()}
     ways = {"BF16": lambda: x @ w.t(), "_scaled_mm": lambda: torch._scaled_mm(
         a.data, b.data.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fprop), **ours}
+    return {way: (ms, errors.get(way, float("nan"))) for way, ms in times(ways).items()}
+
+
+def times(ways):
+    """Return {way: median ms} of functions on the GPU."""
+    from triton.testing import do_bench
     ms = {way: [] for way in ways}
     for way in [*ways, *reversed(ways), *ways]:   # a busy GPU slows down
         ms[way].append(do_bench(ways[way], warmup=60, rep=60, return_mode="median"))
-    return {way: (statistics.median(ms[way]), errors.get(way, float("nan"))) for way in ways}
+    return {way: statistics.median(ms[way]) for way in ways}
 
 
 def show_products(T=16384, d=4096, ffn=11008):
@@ -440,8 +512,45 @@ def show_products(T=16384, d=4096, ffn=11008):
     print("-> Scaling in the loop takes FP32 instructions as long as multiplying takes the tensor cores.")
 
 
+def grouped_ways(R, E, K, N):
+    """Return {product: {way: function}} for E equal groups of R random rows: PyTorch's product in BF16, its own
+    in FP8, and ours as it trains, which adds wgrad to an FP32 sum."""
+    first = torch.arange(0, R + 1, R // E, device="cuda", dtype=torch.int32)
+    groups, offs = Groups(first, first[:-1].repeat_interleave(R // E // 128) // (R // E)), first[1:]
+    x, dy, w = (torch.randn(n, C, device="cuda", dtype=torch.bfloat16) for n, C in ((R, K), (R, N), (E * N, K)))
+    x_q, dy_q = (quantize(z, E4M3, (1, ALL)) for z in (x, dy))
+    w_q, grad = quantize(w, E4M3, scale=torch.full((E, 1), 0.01, device="cuda")), torch.zeros_like(w).float()
+    (dy_t, x_t), w_t, w = transpose_for_wgrad(dy_q, x_q, groups), transposed(w_q), w.view(E, N, K)
+    w8_t = w_t.data.view(K, E, N).transpose(0, 1).contiguous().transpose(1, 2)   # (E, N, K)
+
+    def ways(way, bf16, fp8, *scales, ours, **options):
+        ones = [torch.ones(shape, device="cuda") for shape in scales]
+        return {"BF16": lambda: F.grouped_mm(*bf16, offs=offs),
+                "torch FP8": lambda: torch._scaled_grouped_mm(*fp8, *ones, offs, out_dtype=torch.bfloat16),
+                "ours": partial(matmul, *ours, groups=groups, way=way, **options)}
+    w8 = w_q.data.view(E, N, K).transpose(1, 2)
+    return {"fprop": ways("fprop", (x, w.transpose(1, 2)), (x_q.data, w8), R, (E, N), ours=(x_q, w_q)),
+            "dgrad": ways("dgrad", (dy, w), (dy_q.data, w8_t), R, (E, K), ours=(dy_q, w_t), promote=True),
+            "wgrad": ways("wgrad", (dy.t(), x), (dy_t.data, x_t.data.t()), E * N, E * K, ours=(dy_t, x_t),
+                          promote=True, add=grad, out=grad)}
+
+
+def show_grouped():
+    """Print the speed of the products of experts, at five sizes."""
+    print("\nProducts of experts, TFLOP/s\n    rows experts     K     N  product       BF16  torch FP8       ours")
+    ratios = []
+    for R, E, K, N in ((131072, 64, 2048, 2048), (131072, 64, 1024, 2048), (524288, 64, 2048, 2048),
+                       (32768, 8, 7168, 4096), (32768, 8, 2048, 7168)):
+        for product, ways in grouped_ways(R, E, K, N).items():
+            speed = {way: 2e-9 * R * K * N / ms for way, ms in times(ways).items()}
+            ratios.append((speed["ours"] / speed["BF16"], speed["ours"] / speed["torch FP8"]))
+            print(f"{R:8}{E:8}{K:6}{N:6}  {product:7}" + "".join(f"{x:11.0f}" for x in speed.values()))
+    print("geometric means: x BF16, x torch FP8", *map(statistics.geometric_mean, zip(*ratios)))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     show_sums()
     if torch.cuda.is_available() and kernels_run_on("cuda"):
         show_products()
+        show_grouped()

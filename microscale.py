@@ -37,6 +37,7 @@ Two observations reduce these two levels to one power of two per token:
   - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
     no state is carried from step to step, and a token's numbers do not depend on other tokens.
 """
+import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -244,13 +245,19 @@ def transpose(q, row_factor=None):
 def quantize_weight(weight, recipe, scale=None):
     """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N. One
     scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W once
-    for each. `scale` (1, 1) comes from autoscale.py, for recipes that do not measure blocks."""
+    for each. `scale` (1, 1), or (E, 1) for the weights of E experts one below the other, comes from
+    autoscale.py, for recipes that do not measure blocks."""
     if scale is not None and recipe.weight_scale == "block":
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
     w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
-    if recipe.weight_block[0] != recipe.weight_block[1]:
+    if scale is None and recipe.weight_block[0] != recipe.weight_block[1]:
         return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
-    return w, Quantized(transpose(w.data), w.scale.t().contiguous(), w.block)
+    return w, transposed(w)
+
+
+def transposed(w):
+    """Return Quantized W^T (K, N) of Quantized W (N, K): the same FP8 numbers, where blocks fit both ways."""
+    return Quantized(transpose(w.data), w.scale.t().contiguous(), w.block[::-1])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -324,13 +331,15 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
-    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor. Blocks
-    of 128 x 128, which only weights have, and widths not in KERNEL_WIDTHS are left to PyTorch."""
+    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor, (E, 1)
+    those of E groups of R / E rows. Blocks of 128 x 128, which only weights have, and widths not in
+    KERNEL_WIDTHS are left to PyTorch."""
     expect("x", x, (None, None), "rows that products sum along")
-    expect("scale", scale, (1, 1), "that of the whole tensor", (torch.float32,))
+    groups = 1 if scale is None else math.gcd(len(x), len(scale))
+    expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))
     check_name("scale rule", rule, RULES)
     if scale is not None:
-        block = (ALL, ALL)
+        block = (ALL if groups == 1 else len(x) // groups, ALL)
     elif block == (ALL, ALL):
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
     elif block == (1, ALL):
@@ -351,16 +360,20 @@ def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up"):
     return quantize_reference(rows, fmt, (1, ALL), rule)
 
 
-def quantize_swiglu(h):
-    """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn) for the backward pass."""
+def quantize_swiglu(h, p=None):
+    """Quantize a = swiglu(h) (R, ffn), which the next layer reads, and h (R, 2 ffn) for the backward pass.
+    With p (R,) float32, the probability of a row's expert, a = p swiglu(h)."""
     expect("h", h, (None, h.shape[-1] // 2 * 2), "rows [gate, up]")
+    expect("p", p, h.shape[:1], "one for each row of h", (torch.float32,))
     if kernels_take(h):
-        return quantize_swiglu_triton(h)
-    return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (swiglu(h.float()), h))
+        return quantize_swiglu_triton(h, p)
+    a = swiglu(h.float()) * (1 if p is None else p[:, None])
+    return tuple(quantize_reference(x, E4M3, (1, ALL), "up") for x in (a, h))
 
 
-def quantize_swiglu_gradient(h, da):
-    """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn).
+def quantize_swiglu_gradient(h, da, p=None):
+    """Quantize `swiglu_gradient` of Quantized h (R, 2 ffn) and da (R, ffn). With p (R,), that of p swiglu(h);
+    and return the gradient of p as well, the sum of da swiglu(h) (R,) float32.
 
     The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
     silu is steeper, and |d up| <= |da gate|. Mostly it is 1, 2 or 4 times that of the maximum, which costs no
@@ -368,13 +381,17 @@ def quantize_swiglu_gradient(h, da):
     """
     expect("da", da, (len(h.data), None), "a gradient for each row of h")
     expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
+    expect("p", p, h.data.shape[:1], "one for each row of h", (torch.float32,))
     if kernels_take(h.data) and h.block == (1, ALL) and h.global_scale is None:
-        return quantize_swiglu_gradient_triton(h, da)
-    h = h.dequantize()
+        return quantize_swiglu_gradient_triton(h, da, p)
+    h, da = h.dequantize(), da.float()
+    dp = None if p is None else (da * swiglu(h)).sum(1)
+    da = da if p is None else da * p[:, None]
     gate, up = h.chunk(2, dim=1)
-    bound = block_amax(da.float().abs() * torch.maximum(gate.abs(), 1.1 * up.abs()), (1, ALL))
+    bound = block_amax(da.abs() * torch.maximum(gate.abs(), 1.1 * up.abs()), (1, ALL))
     scale = scale_from_amax(bound, E4M3, "up")
-    return quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale)
+    dh = quantize_reference(swiglu_gradient(h, da), E4M3, (1, ALL), "up", scale)
+    return dh if p is None else (dh, dp)
 
 
 def rope_into(out, x, cos, sin):
@@ -485,7 +502,8 @@ if HAS_TRITON:
         at = x_ptr + r[:, None] * stride_r + c[None, :] * stride_c
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if RULE == "given":
-            q = to_fp8(x * tl.div_rn(1.0, tl.load(scale_ptr)), IS_E4M3)
+            scale = tl.load(scale_ptr + r // groups, mask=r < R, other=1.0)   # of groups of so many rows
+            q = to_fp8(x * tl.div_rn(1.0, scale)[:, None], IS_E4M3)
         else:
             x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
             scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, IS_E4M3)    # (ROWS, COLS / GROUP)
@@ -498,10 +516,10 @@ if HAS_TRITON:
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
 
     def quantize_triton(x, fmt, block, rule, scale=None):
-        """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (1, 1)."""
+        """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (E, 1) of E groups of rows."""
         (R, C), e8m0 = x.shape, stores_e8m0(block, rule)
         if scale is not None:
-            rule, rows, cols, group, groups = "given", 64, 128, 128, 1
+            rule, rows, cols, group, groups = "given", 64, 128, 128, R // len(scale)
         else:
             rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
@@ -557,15 +575,20 @@ if HAS_TRITON:
         return load_row(h_ptr, r, c, F, 2 * F, 1, EVICT), load_row(h_ptr + F, r, c, F, 2 * F, 1, EVICT)
 
     @triton.jit
-    def _swiglu_kernel(h_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
+    def load_probability(p_ptr, r):
+        return tl.full((1, 1), 1.0, tl.float32) if p_ptr is None else tl.load(p_ptr + r[:, None])
+
+    @triton.jit
+    def _swiglu_kernel(h_ptr, p_ptr, a_q_ptr, a_scale_ptr, h_q_ptr, h_scale_ptr, F, BLOCK: tl.constexpr):
         """Compute `quantize_swiglu` of one row, which is read twice, the second time out of the L2 cache. A
         row in registers, as above, leaves room for one program per SM, which reads nothing while it computes:
         16384 rows of 22016 numbers take 640 us, and this way 346. EVICT saves another 18 us."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+        p = load_probability(p_ptr, r)
         a_amax, h_amax = tl.zeros((1, BLOCK), tl.int32), tl.zeros((1, BLOCK), tl.int32)
         for first in range(0, F, BLOCK):
             gate, up = load_halves(h_ptr, r, first + tl.arange(0, BLOCK), F, "evict_last")
-            a_amax = tl.maximum(a_amax, magnitude(gate * sigmoid(gate) * up))
+            a_amax = tl.maximum(a_amax, magnitude(gate * sigmoid(gate) * up * p))
             h_amax = tl.maximum(h_amax, tl.maximum(magnitude(gate), magnitude(up)))
         a_scale, a_inverse = scale_of(tl.max(a_amax, axis=1)[:, None], "up")
         h_scale, h_inverse = scale_of(tl.max(h_amax, axis=1)[:, None], "up")
@@ -574,28 +597,29 @@ if HAS_TRITON:
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
             gate, up = load_halves(h_ptr, r, c, F, "evict_first")
-            store_row(a_q_ptr, gate * sigmoid(gate) * up * a_inverse, r, c, F, F, EVICT="evict_first")
+            store_row(a_q_ptr, gate * sigmoid(gate) * up * p * a_inverse, r, c, F, F, EVICT="evict_first")
             store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
             store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
 
-    def quantize_swiglu_triton(h):
+    def quantize_swiglu_triton(h, p=None):
         R, ffn = h.shape[0], h.shape[1] // 2
         a, h_q = (empty_rows(R, n, h.device) for n in (ffn, 2 * ffn))
-        _swiglu_kernel[(R,)](h.contiguous(), a.data, a.scale, h_q.data, h_q.scale, ffn,
+        _swiglu_kernel[(R,)](h.contiguous(), p, a.data, a.scale, h_q.data, h_q.scale, ffn,
                              BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
         return a, h_q
 
     @triton.jit
-    def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, q_ptr, scale_ptr, F, BLOCK: tl.constexpr):
+    def _swiglu_backward_kernel(h_ptr, h_scale_ptr, da_ptr, p_ptr, q_ptr, scale_ptr, dp_ptr, F,
+                                BLOCK: tl.constexpr):
         """Compute `quantize_swiglu_gradient` of a row. It is read for the bound, then for the gradient. With
         the maximum in place of the bound all gradients are computed twice: 427 us, not 378, on an H100."""
         r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-        h_scale = tl.load(h_scale_ptr + r[:, None])
-        bound = tl.zeros((1, BLOCK), tl.float32)
+        h_scale, p = tl.load(h_scale_ptr + r[:, None]), load_probability(p_ptr, r)
+        bound, dp = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
         for first in range(0, F, BLOCK):
             c = first + tl.arange(0, BLOCK)
             gate, up = load_halves(h_ptr, r, c, F)
-            da = load_row(da_ptr, r, c, F, F, 1)
+            da = load_row(da_ptr, r, c, F, F, 1) * p
             larger = tl.maximum(tl.abs(gate), 1.1 * tl.abs(up), propagate_nan=tl.PropagateNan.ALL)
             bound = tl.maximum(bound, tl.abs(da) * larger, propagate_nan=tl.PropagateNan.ALL)
         bound = tl.max(magnitude(bound), axis=1)[:, None].to(tl.float32, bitcast=True) * h_scale
@@ -607,15 +631,20 @@ if HAS_TRITON:
             gate, up = gate * h_scale, up * h_scale
             da, sigma = load_row(da_ptr, r, c, F, F, 1), sigmoid(gate)
             silu = gate * sigma
+            dp += da * silu * up
+            da *= p
             store_row(q_ptr, da * up * (sigma + silu * (1 - sigma)) * inverse, r, c, F, 2 * F)
             store_row(q_ptr + F, da * silu * inverse, r, c, F, 2 * F)
+        if p_ptr is not None:
+            tl.store(dp_ptr + r, tl.sum(dp, axis=1))
 
-    def quantize_swiglu_gradient_triton(h, da):
-        R, ffn = da.shape
+    def quantize_swiglu_gradient_triton(h, da, p=None):
+        (R, ffn), dp = da.shape, None if p is None else torch.empty_like(p)
         q = empty_rows(R, 2 * ffn, da.device)
-        _swiglu_backward_kernel[(R,)](h.data.contiguous(), h.scale.contiguous(), da.contiguous(), q.data,
-                                      q.scale, ffn, BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
-        return q
+        _swiglu_backward_kernel[(R,)](
+            h.data.contiguous(), h.scale.contiguous(), da.contiguous(), p, q.data, q.scale, dp, ffn,
+            BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+        return q if p is None else (q, dp)
 
     @triton.jit
     def _rope_kernel(out_ptr, x_ptr, cos_ptr, sin_ptr, R, T, pairs, out_b, out_t, out_h, x_b, x_t, x_h,

@@ -26,10 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS, cast, uncast
-from gemm_kernel import fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
-from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, check_name, fold_loss, quantize,
-                        quantize_norm, quantize_swiglu, quantize_swiglu_gradient, quantize_weight, rope,
-                        rope_into, saturated_share, swiglu)
+from gemm_kernel import Groups, fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
+from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
+                        fold_loss, quantize, quantize_norm, quantize_swiglu, quantize_swiglu_gradient,
+                        quantize_weight, rope, rope_into, saturated_share, scale_from_amax, swiglu)
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,16 @@ class ModelConfig:
     norm: str = "rms"         # "rms": RMSNorm with a weight | "layer": LayerNorm without parameters (OLMo)
     tied: bool = False        # the head reuses the embedding
     rope_theta: float = 10000.0
+    experts: int = 0          # 0: one SwiGLU in a block. Otherwise a mixture of so many, of width ffn each,
+    top_k: int = 0            # of which a token uses this many
 
     def __post_init__(self):
         check_name("norm", self.norm, ("rms", "layer"))
         for name, value in vars(self).items():
-            if name not in ("kv_heads", "norm", "tied") and not value > 0:
+            if name not in ("kv_heads", "norm", "tied", "experts", "top_k") and not value > 0:
                 raise ValueError(f"{name} = {value} is not possible: it must be larger than 0")
+        if not min(self.experts, 1) <= self.top_k <= self.experts:
+            raise ValueError(f"top_k = {self.top_k} of {self.experts} experts: take 1 to all of them")
         for name, divisor in (("d", 2 * self.heads), ("heads", self.kv_heads or self.heads)):
             if divisor < 0 or getattr(self, name) % divisor:
                 raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of {divisor}: choose "
@@ -66,6 +70,11 @@ PRESETS = {
     "1b": ModelConfig(vocab=50304, seq=2048, d=2048, layers=16, heads=16, ffn=8192, norm="layer", tied=True),
     "olmo-7b": ModelConfig(vocab=50304, seq=2048, d=4096, layers=32, heads=32, ffn=11008, norm="layer"),
     "llama2-7b": ModelConfig(vocab=32000, seq=4096, d=4096, layers=32, heads=32, ffn=11008),
+    "nano-moe": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=256, experts=8, top_k=2),
+    "moe-1b": ModelConfig(vocab=50304, seq=2048, d=1024, layers=16, heads=16, ffn=512, experts=32, top_k=8,
+                          tied=True),
+    "olmoe-1b-7b": ModelConfig(vocab=50304, seq=4096, d=2048, layers=16, heads=16, ffn=1024, experts=64,
+                               top_k=8),
 }
 
 
@@ -77,35 +86,43 @@ compiled = torch.compile(dynamic=False) if torch.cuda.is_available() else lambda
 
 
 class Linear(nn.Module):
-    """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight.
+    """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight. With
+    `experts`, W (experts out, in) holds one matrix for each, and each multiplies the rows of its group.
 
     `requantize` makes two FP8 copies of W, once per optimizer step. Copies of a weight that has changed since
     are refused. (A change that PyTorch does not count, as in weight.data.mul_(2), is not noticed.)
     """
 
-    def __init__(self, d_in, d_out, recipe, name, std=0.02):
+    def __init__(self, d_in, d_out, recipe, name, std=0.02, experts=0):
         super().__init__()
-        if recipe and (d_in % 16 or d_out % 16):
-            raise ValueError(f"layer {name}: in = {d_in}, out = {d_out} are not both a multiple of 16, which "
-                             f"--fp8 {recipe} needs: change d, ffn or the heads, or train with --fp8 none")
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        multiple = 128 if experts else 16
+        if recipe and (d_in % multiple or d_out % multiple):
+            raise ValueError(f"layer {name}: in = {d_in}, out = {d_out} are not both a multiple of "
+                             f"{multiple}, which --fp8 {recipe} needs: change d, ffn or the heads, or train "
+                             f"with --fp8 none")
+        self.weight = nn.Parameter(torch.empty(max(experts, 1) * d_out, d_in))
         if std:
             nn.init.normal_(self.weight, std=std)
-        self.name, self.recipe = name, recipe
+        self.name, self.recipe, self.experts = name, recipe, experts
         self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
         self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
 
-    def forward(self, x):
+    def forward(self, x, groups=None):
+        if groups:
+            return grouped_linear(self, x, groups)
         if not self.recipe or not x.numel():
             return F.linear(x, self.weight.to(x.dtype))
         return fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
 
     def requantize(self, scale=None):
-        """Make the FP8 copies. `scale` () float32 is for recipes with one per weight. None: measure it."""
+        """Make the FP8 copies. `scale`, float32, is for recipes with one per matrix. None: measure it."""
         if self.recipe:
-            given = scale is not None and self.recipe.weight_scale != "block"
-            scale = scale.detach().view(1, 1) if given else None
-            self.set_copies(quantize_weight(self.weight.detach(), self.recipe, scale))
+            given, weight = self.recipe.weight_scale != "block", self.weight.detach()
+            if given and scale is None and self.experts:   # one for each
+                amax = block_amax(weight, (len(weight) // self.experts, ALL))
+                scale = scale_from_amax(amax, E4M3, self.recipe.rule)
+            scale = scale.detach().view(-1, 1) if given and scale is not None else None
+            self.set_copies(quantize_weight(weight, self.recipe, scale))
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
@@ -239,12 +256,15 @@ class Block(nn.Module):
         self.config, self.recompute, self.fused = config, recompute, recipe == FUSED
         self.norm1, self.norm2 = Norm(config), Norm(config)
         small = 0.02 / (2 * config.layers) ** 0.5   # for the layers that write to the residual stream
+        experts = config.experts
         self.qkv = Linear(config.d, config.d + 2 * config.kv_dim, recipe, f"{name}.qkv")
         self.out = Linear(config.d, config.d, recipe, f"{name}.out", small)
-        self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up")
-        self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small)
+        self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up", experts=experts)
+        self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small, experts)
+        self.router = Router(config) if experts else None
 
     def forward(self, x, cos, sin):
+        """Return the output (B, T, d); of a mixture also how many tokens each expert got, (experts,)."""
         if self.recompute == "block" and torch.is_grad_enabled():
             return checkpoint(self.compute, x, cos, sin, use_reentrant=False)
         return self.compute(x, cos, sin)
@@ -255,6 +275,8 @@ class Block(nn.Module):
         qkv, c = self.qkv(self.norm1(x)), self.config
         q, k, v = rope_and_split(qkv, cos, sin, c.d, c.kv_dim, c.head_dim)
         x = x + self.out(attention(q, k, v))
+        if self.router:
+            return mixture(self, x)
         return x + self.down(compiled_swiglu(self.gate_up(self.norm2(x))))
 
 
@@ -288,8 +310,13 @@ class Transformer(nn.Module):
             self.rope = rope_table(c.seq, c.head_dim, c.rope_theta, tokens.device)
         cos, sin = (table[:T] for table in self.rope)
         x = self.embed(tokens).to(torch.bfloat16 if tokens.is_cuda else torch.float32)   # (B, T, d)
+        loads = []
         for block in self.blocks:
             x = block(x, cos, sin)
+            if block.router:
+                x, load = x
+                loads.append(load)
+        self.loads = torch.stack(loads) if loads else None   # (layers, experts): of this batch
         x = self.norm(x)
         return self.head(x) if targets is None else head_loss(x, self.head.weight, targets)
 
@@ -310,6 +337,119 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
+# A mixture of experts, layer by layer
+
+class Router(nn.Module):
+    """Choose top_k of E experts for each token, with probabilities p. In float32:
+
+        score = sigmoid(W x)    chosen: the top_k largest score + bias    p = score / sum of the chosen scores
+
+    `balance` moves the bias, once per optimizer step, until all experts get as many tokens. It steers who is
+    chosen and not how much that counts, so the loss needs no term for it (arXiv 2408.15664).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.top_k
+        self.weight = nn.Parameter(torch.empty(config.experts, config.d).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(config.experts), requires_grad=False)   # checkpoints have it
+
+    def forward(self, x):
+        """Return p (T, top_k) float32 and the chosen experts (T, top_k) int64 of x (T, d)."""
+        score = F.linear(x.float(), self.weight).sigmoid()                                # (T, E)
+        chosen = (score + self.bias).topk(self.top_k).indices
+        p = score.gather(1, chosen)
+        return p / p.sum(1, keepdim=True), chosen
+
+    @torch.no_grad()
+    def balance(self, load, rate=1e-3):
+        """Raise the bias of experts that got fewer tokens than the mean, `load` (E,); lower the others'."""
+        self.bias.add_(rate * (load.mean() - load).sign())
+        self.bias.sub_(self.bias.mean())
+
+
+@dataclass
+class Routes:
+    """Say where the choices of T tokens go: each to a row of the experts' products, sorted by expert. An
+    expert's rows are filled up to a multiple of 128 with copies of the last token, whose p is 0."""
+    token: torch.Tensor    # (R,) int64: whose row it is
+    row: torch.Tensor      # (T, top_k) int64: where each choice goes
+    load: torch.Tensor     # (E,) float32: how many tokens each expert gets
+    groups: Groups
+
+
+def route(chosen, E, align=128):
+    """Return the Routes of chosen experts (T, top_k). R depends on no value, so the host need not wait."""
+    (T, k), device = chosen.shape, chosen.device
+    R = cdiv(T * k + (align - 1) * E, align) * align
+    expert, order = chosen.flatten().sort(stable=True)                                    # (T k,)
+    load = (expert[:, None] == torch.arange(E, device=device)).sum(0)                     # (E,)
+    first = F.pad((cdiv(load, align) * align).cumsum(0), (1, 0))                          # (E + 1,)
+    row = (first[:-1] - load.cumsum(0) + load)[expert] + torch.arange(T * k, device=device)
+    token = torch.full((R,), T - 1, device=device).scatter(0, row, order // k)
+    of_tile = torch.bucketize(torch.arange(0, R, align, device=device), first[1:-1], right=True)
+    row = torch.empty_like(order).scatter(0, order, row).view(T, k)
+    return Routes(token, row, load.float(), Groups(first.int(), of_tile.int()))
+
+
+def in_rows(p, routes):
+    """Return p (T, top_k) in the rows (R,) of the experts' products, and 0 in the others."""
+    return p.new_zeros(len(routes.token)).scatter(0, routes.row.flatten(), p.flatten())
+
+
+@compiled
+def move(x, to, add=0):
+    """Return rows x[to], or for `to` (T, k) sums of k rows, in float32 and in order, plus `add` (T, C)."""
+    return x[to] if to.dim() == 1 else (x[to].float().sum(1) + add).to(x.dtype)
+
+
+class Move(torch.autograd.Function):
+    """Return move(x, to). The gradient comes the other way, by move(dy, back): no additions race."""
+
+    @staticmethod
+    def forward(ctx, x, to, back):
+        ctx.save_for_backward(back)
+        return move(x, to)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return move(dy, *ctx.saved_tensors), None, None
+
+
+def mixture(block, x):
+    """Return x + sum over the chosen experts e of down_e(p_e silu(gate_e(n)) up_e(n)), n = norm2(x), of x
+    (B, T, d); and the load of each expert. p is multiplied in where SwiGLU is quantized anyway."""
+    n = block.norm2(x).flatten(0, 1)
+    p, chosen = block.router(n)
+    r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
+    h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
+    a = compiled_swiglu(h) * in_rows(p, r)[:, None]                                       # (R, ffn)
+    y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
+    return x + Move.apply(y, r.row, r.token).view_as(x), r.load
+
+
+def grouped_linear(layer, x, groups):
+    """Multiply the rows of each expert, of x (R, in), by its matrix -> (R, out)."""
+    E, weights = layer.experts, layer.weight.unflatten(0, (layer.experts, -1))            # (E, out, in)
+    if not layer.recipe and x.is_cuda:
+        return F.grouped_mm(x, weights.to(x.dtype).transpose(1, 2), offs=groups.first[1:])
+    first, y = groups.first.tolist(), []
+    for e, (weight, rows) in enumerate(zip(weights.unbind(), map(slice, first, first[1:]))):
+        if layer.recipe:
+            copies = (of_expert(q, e, E, axis) for axis, q in enumerate((layer.w, layer.w_t)))
+            y.append(fp8_linear(x[rows], weight, *copies, layer.recipe))
+        else:
+            y.append(F.linear(x[rows], weight.to(x.dtype)))
+    return torch.cat([*y, x.new_zeros(len(x) - first[-1], weights.shape[1])])
+
+
+def of_expert(q, e, E, axis):
+    """Return the Quantized matrix of expert e, one of E along `axis` of q."""
+    data, scale = (z.chunk(E, axis)[e] for z in (q.data, q.scale))
+    return Quantized(data, scale, (ALL, ALL) if ALL in q.block else q.block)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The dataflow of moss. Blocks with this recipe take it; blocks with any other run layer by layer.
 
 FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
@@ -319,7 +459,7 @@ def can_fuse(block):
     """Return False where fused functions would pass over a fork's change: other modules, recipes, hooks."""
     def plain(m):
         hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        return not hooked and (type(m) is Norm or type(m) is Linear and m.recipe == FUSED)
+        return not hooked and (type(m) in (Norm, Router) or type(m) is Linear and m.recipe == FUSED)
     return block.fused and all(plain(m) for m in block.children())
 
 
@@ -327,6 +467,11 @@ def fused_block(block, x, cos, sin):
     """Return what block.compute returns for x (B, T, d)."""
     B, T, d = x.shape
     q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, block.config)
+    if block.router:
+        x = (x + block.out(attention(q, k, v))).view(B * T, d)
+        weights = (m.weight for m in (block.norm2, block.router, block.gate_up, block.down))
+        x, load = FusedMixture.apply(x, *weights, block)
+        return x.view(B, T, d), load
     y = attention(q, k, v).view(B * T, d)
     weights = (m.weight for m in (block.norm2, block.out, block.gate_up, block.down))
     return OutNormSwiGLU.apply(x.reshape(B * T, d), y, *weights, block).view(B, T, d)
@@ -403,19 +548,63 @@ class OutNormSwiGLU(torch.autograd.Function):
         return dx, dy, d_norm, dw_out, dw_gate_up, dw_down, None
 
 
+class FusedMixture(torch.autograd.Function):
+    """Compute `mixture` with one quantization of X and one of dY per token: both travel as FP8 rows.
+
+    Saved for the backward pass: x, and in FP8 norm(x), and of each row [gate, up] and p silu(gate) up.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
+        p, chosen = block.router(block.norm2(x))
+        r = route(chosen, block.config.experts)
+        p = in_rows(p, r)                                                                 # (R,)
+        x_q = quantize_input(x, block.config.norm, norm_weight)                           # (T, d)
+        h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
+        a_q, h_q = quantize_swiglu(h, p)                                             # (R, ffn), (R, 2 ffn)
+        y = matmul(a_q, block.down.w, x.dtype, groups=r.groups)                           # (R, d)
+        ctx.save_for_backward(x, norm_weight, p, *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
+        ctx.block, ctx.routes = block, r
+        ctx.mark_non_differentiable(r.load)
+        return move(y, r.row, x), r.load
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, _):
+        (x, norm_weight, p, *saved), block, r = ctx.saved_tensors, ctx.block, ctx.routes
+        x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
+        dy_q = take(quantize_norm(dz, "none"), r.token)                                   # (R, d)
+        da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, r.groups)           # (R, ffn)
+        dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
+        dx, dw_gate_up = linear_backward(dh_q, take(x_q, r.token), block.gate_up, x.dtype, r.groups)
+        n, weight = block.norm2(x).requires_grad_(), block.router.weight
+        with torch.enable_grad():   # the router once more; its bias is still the same
+            inputs = [n] + [weight] * weight.requires_grad
+            dn, *dw = torch.autograd.grad(block.router(n)[0], inputs, dp[r.row])
+        dx, d_norm = norm_backward(move(dx, r.row, dn), x, norm_weight, block.config.norm, dz)
+        return dx, d_norm, dw[0] if dw else None, dw_gate_up, dw_down, None
+
+
+def take(q, index):
+    """Return rows q[index] of Quantized q, which has one scale per row."""
+    data = q.data.view(torch.int64)[index].view(q.data.dtype)   # 8 bytes at a time
+    return Quantized(data, q.scale[index], q.block)
+
+
 def quantize_input(x, kind, norm_weight):
     """Return Quantized norm(x) of x (T, d), one power of two per token. The weight is rounded as by Norm."""
     return quantize_norm(x, kind, None if norm_weight is None else norm_weight.to(x.dtype))
 
 
-def linear_backward(dy, x, layer, dtype):
+def linear_backward(dy, x, layer, dtype, groups=None):
     """Return dX (T, K) and dW (N, K) of Quantized dY (T, N) and X (T, K). dW is None if the weight is frozen,
     or if wgrad has added it to weight.grad itself: that moves 8 bytes per weight, not 16."""
-    dx = matmul(dy, layer.w_t, dtype, promote=True)
+    dx = matmul(dy, layer.w_t, dtype, promote=True, groups=groups, way="dgrad")
     if not layer.weight.requires_grad:
         return dx, None
     grad = layer.weight.grad if layer.accumulates else None
-    dw = matmul(*transpose_for_wgrad(dy, x), layer.weight.dtype, promote=True, add=grad, out=grad)
+    dw = matmul(*transpose_for_wgrad(dy, x, groups), layer.weight.dtype, promote=True, add=grad, out=grad,
+                groups=groups, way="wgrad")
     return dx, dw if grad is None else None
 
 
@@ -460,7 +649,7 @@ def watch(model, tokens, targets):
     """Return `shares_lost` of each FP8 layer for the first 512 tokens or so. They run layer by layer, forward
     and backward, for this alone. Gradients that .grad holds stay as they are."""
     calls = []
-    hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, *x, y)))   # unfuse
+    hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, x[0], y)))   # unfuse
              for layer in model.linears() if layer.recipe]
     T = min(tokens.shape[1], 512)
     rows = len(tokens) if T % 16 else 512 // T   # wgrad sums over a multiple of 16 tokens
@@ -475,8 +664,15 @@ def watch(model, tokens, targets):
 def flops_per_token(model):
     """Return the FLOPs of training on one token: 6 per weight of a product (2 forward, 4 backward), and 12 d
     per layer for each token that causal attention sees, seq / 2 on average."""
-    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (Linear, nn.Linear)))
-    return 6 * products + 6 * len(model.blocks) * model.config.d * model.config.seq
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, (Linear, nn.Linear, Router)))
+    return 6 * (products - idle_weights(model)) + 6 * len(model.blocks) * model.config.d * model.config.seq
+
+
+def idle_weights(model):
+    """Return how many weights a token does not meet: those of the experts that it does not choose."""
+    c = model.config
+    weights = sum(m.weight.numel() for m in model.linears() if m.experts)
+    return weights * (c.experts - c.top_k) // max(c.experts, 1)
 
 
 def memory(model, tokens, ranks=1, element=2):
@@ -497,8 +693,10 @@ def memory(model, tokens, ranks=1, element=2):
 def saved_by_block(block, element):
     """Return the bytes per token that a block saves for the backward pass."""
     qkv, out, *hidden, down = layers = [m for m in block.modules() if isinstance(m, Linear)]
-    inputs, hidden = sum(m.weight.shape[1] for m in layers), sum(m.weight.shape[0] for m in hidden)
-    (width, d), ffn = qkv.weight.shape, down.weight.shape[1]
+    rows = block.config.top_k or 1   # of the experts' products, for each token
+    (width, d), ffn = qkv.weight.shape, down.weight.shape[1] * rows
+    inputs = sum(m.weight.shape[1] for m in layers[:-1]) + ffn + (0 if block.fused else d * (rows - 1))
+    hidden = sum(m.weight.shape[0] // (m.experts or 1) for m in hidden) * rows
     saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
     saved += inputs if qkv.recipe else element * (inputs - d)   # in BF16 `out` reads the attention output
     # [gate, up]; layer by layer also q and k before RoPE, and silu(gate)
@@ -513,8 +711,10 @@ if __name__ == "__main__":
         uses = {run: memory(model, config.seq) for run, model in models.items()}
         uses["moss, 8 GPUs"] = memory(models["moss"], config.seq, ranks=8)
         size, flops = sum(p.numel() for p in models["none"].parameters()), flops_per_token(models["none"])
-        print(f"{preset}: {size:,} parameters, {flops / 1e9:.2f} GFLOP per token; GiB for one sequence of "
-              f"{config.seq}:\n    {'':12}" + "".join(f"{use:>13}" for use in (*uses["none"], "total")))
+        active = f" ({size - idle_weights(models['none']):,} active)" if config.experts else ""
+        print(f"{preset}: {size:,} parameters{active}, {flops / 1e9:.2f} GFLOP per token; GiB for one "
+              f"sequence of {config.seq}:\n    {'':12}"
+              + "".join(f"{use:>13}" for use in (*uses["none"], "total")))
         for run, use in uses.items():
             print(f"    {run:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()

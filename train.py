@@ -125,7 +125,10 @@ class Config:
 MODES = ("resume", "eval_only", "sample", "plot", "bench")
 DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; two fit a coffee break
     "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
+    "nano-moe": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
+    "moe-1b": dict(batch=16, accum=16, steps=25_000, lr=4e-4),
+    "olmoe-1b-7b": dict(batch=4, accum=256, steps=100_000, lr=4e-4),
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
@@ -210,15 +213,15 @@ def make_scales(model, optimizer, c):
     if model.recipe.weight_scale == "predicted":
         with blaming(f"--fp8 {c.fp8} cannot predict weight scales, use --fp8 tensor"):
             check_optimizer(optimizer)
-    weights = [layer.weight for layer in model.linears()]
-    return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
+    weights, experts = zip(*((layer.weight, layer.experts or 1) for layer in model.linears()))
+    return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval, experts)
 
 
 def requantize(run):
     """Make the FP8 copies of all weights anew, or of those that this rank owns."""
     for i, layer in enumerate(run.model.linears()):
         if run.mine(layer.weight):
-            layer.requantize(None if run.scales is None else run.scales.scale[i])
+            layer.requantize(None if run.scales is None else run.scales.views[i])
 
 
 def update_weights(run, lr, update):
@@ -836,7 +839,7 @@ def share(run, measured):
             p.data.copy_(data)
         elif not run.mine(p):
             layer, i = layers[p]
-            w = Quantized(data, run.scales.scale[i].view(1, 1), (ALL, ALL))
+            w = Quantized(data, run.scales.views[i].view(1, 1), (ALL, ALL))
             layer.set_copies((w, Quantized(transpose(data), w.scale, w.block)))
 
 

@@ -53,6 +53,8 @@ def launch_every_kernel(device, rows, ffns, heads, products):
     for R, ffn in ffns:
         _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn))
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
+        _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn), random(R, dtype=torch.float32))
+        ms.quantize_swiglu_gradient_triton(h, random(R, ffn), random(R, dtype=torch.float32))
     for B, T, n, kv, dim in heads:
         angles = torch.randn(2, T, dim // 2, device=device).unbind()
         qkv = random(B, T, n + 2 * kv, dim)
@@ -66,6 +68,17 @@ def launch_every_kernel(device, rows, ffns, heads, products):
     a = ms.quantize_reference(random(M, K), E5M2, (1, ALL), "up")
     out = torch.zeros(M * N + 1, device=device)[1:].view(M, N)   # where TMA cannot write
     gk.matmul_triton(a, b, promote=True, add=out, out=out)
+    first, of_tile = ([0, 128, 128, 512], [0, 2, 2, 2, 2])   # a group of one tile, an empty one, and unused rows
+    groups = gk.Groups(*(torch.tensor(x, device=device, dtype=torch.int32) for x in (first, of_tile)))
+    for N, K in ((256, 144), (1024, 2048)):
+        x, dy = (ms.quantize_reference(random(640, n), E4M3, (1, ALL), "up") for n in (K, N))
+        w = ms.quantize_reference(random(3 * N, K), E4M3, (N, ALL), "up")
+        gk.matmul_triton(x, w, promote=False, groups=groups, way="fprop")
+        w_t = ms.Quantized(ms.transpose_triton(w.data), w.scale.t().contiguous(), (ALL, N))
+        gk.matmul_triton(dy, w_t, promote=True, groups=groups, way="dgrad")
+        out = torch.zeros(3 * N, K, device=device)
+        dy_t, x_t = (ms.Quantized(ms.transpose_triton(q.data), scale, (ALL, ALL)) for q in (dy, x))
+        gk.matmul_triton(dy_t, x_t, promote=True, add=out, out=out, groups=groups, way="wgrad")
     print("all kernels were launched")
 
 
