@@ -31,7 +31,7 @@ import time
 import zlib
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -59,9 +59,9 @@ class RunError(Exception):
     """The run went wrong and cannot go on. Exit code 1."""
 
 
-def need(condition, message):
+def need(condition, message, error=UserError):
     if not condition:
-        raise UserError(message)
+        raise error(message)
 
 
 @contextmanager
@@ -155,10 +155,9 @@ def resolve(c, device, world):
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
-    for option, values, known in (("fp8", recipes, RECIPES), ("model", [c.model], PRESETS),
-                                  ("recompute", [c.recompute], RECOMPUTE)):
-        for value in values:
-            need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
+    names = [("model", c.model, PRESETS), ("recompute", c.recompute, RECOMPUTE)]
+    for option, value, known in [*names, *(("fp8", fp8, RECIPES) for fp8 in recipes)]:
+        need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
     defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
     for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
         if getattr(c, name) is None:
@@ -172,8 +171,8 @@ def resolve(c, device, world):
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
-         f"{c.fp8} needs to sum over them: change --batch or --seq")
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
+         f"change --batch or --seq")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
@@ -186,21 +185,17 @@ def resolve(c, device, world):
 
 def make_optimizer(model, c, mine=lambda p: True):
     """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
-
-    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well.
-    """
-    layers = {layer.weight: layer for layer in model.linears() if layer.recipe}
-    kinds = [], [], []
-    for p in model.parameters():
-        if p.requires_grad and mine(p):
-            kinds[0 if p in layers else 1 if p.dim() >= 2 else 2].append(p)
-    groups = [{"params": params, "weight_decay": decay}
-              for params, decay in zip(kinds, (c.weight_decay, c.weight_decay, 0.0)) if params]
+    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well."""
+    layers = {layer.weight: layer for layer in model.linears() if layer.recipe and mine(layer.weight)}
+    trained = [p for p in model.parameters() if p.requires_grad and mine(p)]
+    others = [p for p in trained if p not in layers]
+    groups = [dict(params=[p for p in trained if p in layers], weight_decay=c.weight_decay),
+              dict(params=[p for p in others if p.dim() >= 2], weight_decay=c.weight_decay),
+              dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    predicted = [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"]
-    return FP8AdamW(groups or [{"params": []}], predicted, **options)   # a rank may own frozen weights alone
+    return FP8AdamW(groups, layers.values(), **options)   # frozen ones too: their scales change
 
 
 def make_scales(model, optimizer, c):
@@ -222,22 +217,20 @@ def requantize(run):
 
 
 def update_weights(run, lr, update):
-    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
-
-    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
-    that is measured, at each step or once in --rescale_interval, waits for them, as do the copies.
-    """
+    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. A predicted
+    scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale that is
+    measured, at each step or once in --rescale_interval, waits for them, as do the copies."""
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     run.optimizer.step()
     if scales and measured:
-        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
+        scales.rescale()
     if measured or not getattr(run.optimizer, "layers", None):   # else FP8AdamW has written the copies
         requantize(run)
     if run.sharded:
-        share(run, measured)
+        share(run)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,11 +252,11 @@ def forward_backward(run, step):
     for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
+        run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in run.model.linears():
             layer.accumulates = not sends   # DDP waits for gradients in autograd's hooks
-        with nullcontext() if run.ddp is run.model or sends else run.ddp.no_sync():
-            loss = run.ddp(tokens, targets)
-            (loss / len(mine)).backward()   # DDP averages over the ranks
+        loss = run.ddp(tokens, targets)
+        (loss / len(mine)).backward()   # DDP averages over the ranks
         loss_sum += loss.detach() / c.accum
     return loss_sum, (tokens, targets)
 
@@ -362,8 +355,8 @@ def loop(run, log, saver):
             ranks.say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
     seconds = time.perf_counter() - started
-    if not saver.finish():
-        raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
+    saved = saver.finish()
+    need(saved, f"the last checkpoint is missing: make room in {c.out}, then go on with --resume", RunError)
     if progress.step < c.steps:
         return ranks.say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
@@ -385,10 +378,8 @@ def loop(run, log, saver):
 
 def start(c):
     """Return Ranks, and the manifest of the checkpoint that --resume, --eval_only or --sample reads, or None.
-
-    Options that the command line does not give come from that checkpoint's run.
-    """
-    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample is not None
+    Options that the command line does not give come from that checkpoint's run."""
+    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample
     saved = newest_checkpoint(c.out, ranks) if c.resume or reporting else None
     need(saved or not reporting, f"there is no checkpoint in {c.out}: check --out, or train first")
     if c.resume and not saved:
@@ -412,19 +403,8 @@ def start(c):
     return ranks, saved
 
 
-def make_model(c, device, vocab):
-    """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
-    with blaming(f"--model {c.model}"), torch.device(device):
-        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
-        model = Transformer(config, c.fp8, c.recompute)
-    if device.type == "cuda" and c.fp8 == "none":
-        model.compile(dynamic=False)
-    return model
-
-
 def build(c, ranks, saved=None):
-    """Return all that a run needs: data (not for --bench), model, optimizer and scales, from the checkpoint
-    `saved` if given."""
+    """Return a run: data (not for --bench), model, optimizer and scales, from a checkpoint if one is given."""
     with blaming("--data"):
         parts = () if c.bench else open_data(c.data)
     check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
@@ -433,7 +413,11 @@ def build(c, ranks, saved=None):
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1)
     run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
     torch.manual_seed(c.seed)
-    run.model = run.ddp = make_model(c, ranks.device, vocab)
+    with blaming(f"--model {c.model}"), torch.device(ranks.device):
+        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
+        run.model = run.ddp = Transformer(config, c.fp8, c.recompute)
+    if ranks.device.type == "cuda" and c.fp8 == "none":   # of FP8, model.py compiles parts
+        run.model.compile(dynamic=False)
     for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     run.owner = owners(run.model, ranks.world)
@@ -449,7 +433,7 @@ def build(c, ranks, saved=None):
         restore(run, saved)
     requantize(run)
     if run.sharded:
-        share(run, measured=True)
+        share(run)
     return run
 
 
@@ -734,11 +718,9 @@ class Ranks:
 
 
 def start_ranks(name):
-    """Return the Ranks of this process, which joins the others if torchrun started it.
-
-    After a restart by torchrun they meet under a name of its own, because its store still has the addresses
-    of the dead. (A restart for a node that joins or leaves is not counted: then start all of them anew.)
-    """
+    """Return the Ranks of this process, which joins the others if torchrun started it. After a restart by
+    torchrun they meet under a name of its own, because its store still has the addresses of the dead. (A
+    restart for a node that joins or leaves is not counted: then start all of them anew.)"""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -775,8 +757,7 @@ def gather(thing, group=None):
 
 
 def check_same(thing, what):
-    if any(other != thing for other in gather(thing)):
-        raise RunError(f"the ranks have different {what}")
+    need(all(other == thing for other in gather(thing)), f"the ranks have different {what}", RunError)
 
 
 def data_parallel(model, device):
@@ -811,14 +792,10 @@ def drop_weights(run):
             layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
 
 
-def share(run, measured):
+def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
-    which each rank makes W^T; embedding, head and norms in BF16 (FP32 on a CPU), as the model uses them.
-
-    All ranks predict scales by the same arithmetic. They exchange those that they measure.
-    """
-    if measured:   # the weights that a rank does not own look like zeros to it
-        all_reduce(run.scales.scale, dist.ReduceOp.MAX)
+    which each rank makes W^T; embedding, head and norms in BF16 (FP32 on a CPU), as the model uses them."""
+    all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # a rank measures 0 for weights that it does not own
     dtype = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
     layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
     sent = []
