@@ -26,7 +26,6 @@ import shutil
 import signal
 import statistics
 import sys
-import sysconfig
 import time
 import zlib
 from bisect import bisect
@@ -294,7 +293,7 @@ def train(c):
     stop.in_loop = True   # from here on a signal lets the loop save
     run.val_loss = evaluate(run)
     ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {run.val_loss:.4f}")
-    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # now files are written
+    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # writes begin
         return loop(run, log, Saver(run, writer))
 
 
@@ -367,9 +366,9 @@ def loop(run, log, saver):
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if ranks.rank == 0:
-        print(f"\n--- sample ---\n{sample(run)}\n--- summary ---",
-              *(f"{key:16} {value:{',' if isinstance(value, int) else ''}}" for key, value in summary.items()),
-              sep="\n")
+        print(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
+        for key, value in summary.items():
+            print(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
     return summary
 
 
@@ -404,7 +403,7 @@ def start(c):
 
 
 def build(c, ranks, saved=None):
-    """Return a run: data (not for --bench), model, optimizer and scales, from a checkpoint if one is given."""
+    """Return a run: its data (not for --bench), model, optimizer and scales, from `saved` if that is given."""
     with blaming("--data"):
         parts = () if c.bench else open_data(c.data)
     check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
@@ -426,8 +425,8 @@ def build(c, ranks, saved=None):
         drop_weights(run)
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales = make_scales(run.model, run.optimizer, c)
-    # `norms` are those of the last 100 gradients that changed weights. Nothing random is drawn while training,
-    # so a checkpoint holds this, weights, moments and scales, and no more.
+    # `norms` are those of the last 100 gradients that changed weights. Nothing random is drawn in training: a
+    # checkpoint holds this, weights, moments and scales, and no more.
     run.progress = SimpleNamespace(step=0, skipped=0, norms=[])
     if saved:
         restore(run, saved)
@@ -464,9 +463,8 @@ def first_non_finite(run, step):
         if x is not None and not x.isfinite().all():
             bad.append(name)
     bad = []   # hooks and `fused` stay as they are made here: the run ends
-    for name, module in run.model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
+    for name, module in list(run.model.named_modules())[1:]:   # a module ends before the one that holds it
+        module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
     for block in run.model.blocks:
         block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
@@ -513,8 +511,8 @@ def sample(run, prompt=None, count=200):
     tokens, vocab, device = run.val_batches.tokens, run.model.config.vocab, run.ranks.device
     is_text = tokens.dtype == np.uint8
     if is_text:
-        ids = list(os.fsencode("def " if prompt is None else prompt))
-    elif prompt is None:
+        ids = list(os.fsencode(prompt or "def "))
+    elif not prompt:
         ids = tokens.read(0, min(16, len(tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
@@ -532,21 +530,21 @@ class Tokens:
     """Tokens in files that follow each other, read window by window."""
 
     def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
-        self.files, self.dtype = [file for file in files if file[2]], np.dtype(dtype)
-        self.ends = list(itertools.accumulate(count for _, _, count in self.files))
+        self.files, self.dtype = [file for file in files if file[2]], dtype
+        self.starts = [0, *itertools.accumulate(count for _, _, count in self.files)]
 
     def __len__(self):
-        return self.ends[-1] if self.ends else 0
+        return self.starts[-1]
 
     def read(self, start, count, vocab=math.inf):
         """Return tokens start ... start + count - 1 as int64. UserError for one outside the vocabulary."""
         pieces, stop = [], start + count
         while start < stop:
-            i = bisect(self.ends, start)
-            path, offset, size = self.files[i]
-            skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
-            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
-            with blaming(f"--data: {path} has changed"):
+            i = bisect(self.starts, start)
+            path, offset, _ = self.files[i - 1]
+            offset += (start - self.starts[i - 1]) * self.dtype.itemsize
+            take = min(stop, self.starts[i]) - start
+            with blaming(f"--data: {path} has changed"):   # mapped each time: a map keeps what it touched
                 piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= vocab)][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
@@ -557,73 +555,71 @@ class Tokens:
 
 
 def token_file(path):
-    """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
+    """Return (path, offset, tokens, dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
         array, reason = attempt(np.lib.format.open_memmap, path, "r")
         need(array is not None, f"--data: {path} is no .npy file ({reason}): use numpy.save")
         need(array.ndim == 1 and array.dtype.kind in "iu",
              f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
-        return (path, array.offset, len(array)), array.dtype
+        return path, array.offset, len(array), array.dtype
     if suffix != ".bin":
-        return (path, 0, size), np.dtype(np.uint8)
+        return path, 0, size, np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
-    is_shard = len(header) > 2 and header[0] == 20240520
-    need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
+    offset = 1024 if len(header) > 2 and header[0] == 20240520 else 0
+    need(size % 2 == 0 and (not offset or header[1] == 1 and size == offset + 2 * int(header[2])),
          f"--data: {path} has {size} bytes: no uint16 tokens, nor shards of version 1; copy it again")
-    return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
+    return path, offset, (size - offset) // 2, np.dtype(np.uint16)
 
 
-def files_below(root):
-    """Return the files in a folder and below, links followed. OSError for a folder that cannot be read."""
-    def fail(error):
-        raise error
-    found, seen = [], set()
-    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        new = os.path.realpath(folder) not in seen   # else a link led back here
-        seen.add(os.path.realpath(folder))
-        below[:] = [n for n in below if new and n not in ("__pycache__", "site-packages") and n[0] != "."]
-        found += [Path(folder, name) for name in names if new and name[0] != "."]
-    return found
+def files_below(folder, seen):
+    """Yield the files in a folder and below, links followed. OSError for a folder that cannot be read."""
+    seen.add(os.path.realpath(folder))
+    for path in sorted(map(Path, os.scandir(folder))):
+        if path.name[0] == "." or path.name in ("__pycache__", "site-packages"):
+            continue
+        if not path.is_dir():
+            yield path
+        elif os.path.realpath(path) not in seen:   # else a link leads back
+            yield from files_below(path, seen)
 
 
 def data_files(source):
     """Return (the files that --data names, each once, in a fixed order; the folder that holds them)."""
-    root = Path(source or sysconfig.get_paths()["stdlib"])
+    root = Path(source or os.path.dirname(os.__file__))
     if root.is_dir():
-        top, files = root, [p for p in files_below(root) if source or p.suffix == ".py"]
+        top, files = root, [p for p in files_below(root, set()) if source or p.suffix == ".py"]
     else:   # one file, or a pattern
         files = [root] if root.exists() else [Path(name) for name in glob.glob(str(root), recursive=True)]
         need(files, f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
         if glob.has_magic(str(root.parent)) or root.name == "**":   # glob passes over what it cannot read
-            files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts))
+            list(files_below(base, set()))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts))
-             if p.is_file() and p.name != "log.jsonl"]   # which is of a run
-    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)   # each once
+    files = [p for p in files if p.is_file() and p.name != "log.jsonl"]   # which is of a run
+    files.sort(key=lambda p: (-len(p.parts), p.parts))   # of several links to a file the shortest stays
+    files = sorted({os.path.realpath(p): p for p in files}.values())
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
 
 
 def open_data(source):
-    """Return [training Tokens, validation Tokens] of --data.
-
-    Validation data are token files with the word val, valid or validation in their path below --data, or a
-    text file of that name (val.txt). Without these it is a twentieth: of at least 40 files those that a
-    checksum of their names selects, of fewer the last tokens.
+    """Return [training Tokens, validation Tokens] of --data. Validation data are token files with the word
+    val, valid or validation in their path below --data, or a text file of that name (val.txt). Without these
+    it is a twentieth: of 40 or more files those that a checksum of their names selects, else the last tokens.
     """
     paths, top = data_files(source)
-    files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
-    total, kinds = sum(count for _, _, count in files), sorted({str(dtype) for dtype in dtypes})
+    files = [token_file(path) for path in paths]
+    total, kinds = sum(count for _, _, count, _ in files), sorted({str(dtype) for *_, dtype in files})
     need(total, f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
     need(len(kinds) == 1, f"--data {source} mixes {' and '.join(kinds)} tokens: keep one kind per folder")
-    dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
+    dtype, names = files[0][3], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
     held_out = [bool(source and len(paths) > 1 and re.fullmatch(word, name, re.I | re.S)) for name in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
     left, parts = int(total * (1 - 0.05)), ([], [])
-    for (path, offset, count), out in zip(files, held_out):
+    for (path, offset, count, _), out in zip(files, held_out):
         take = count * (not out) if any(held_out) else min(left, count)   # one file may be cut in two
         parts[0].append((path, offset, take))
         parts[1].append((path, offset + take * dtype.itemsize, count - take))
@@ -632,11 +628,9 @@ def open_data(source):
 
 
 def shuffled(number, n, keys):
-    """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
-
-    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be
-    undone, whatever f does, so no two numbers meet. One that lands at n or above goes through again.
-    """
+    """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down. A Feistel
+    network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone for any
+    f, so no two numbers meet. One that lands at n or above goes through again."""
     golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit upwards
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     while True:
@@ -648,21 +642,19 @@ def shuffled(number, n, keys):
 
 
 class Batches:
-    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks.
+    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks. Every
+    epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own."""
 
-    Every epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own.
-    """
-
-    def __init__(self, tokens, config, vocab):
-        self.tokens, self.config, self.vocab = tokens, config, vocab
-        self.windows = (len(tokens) - 1) // config.seq
+    def __init__(self, tokens, c, vocab):
+        self.tokens, self.c, self.vocab = tokens, c, vocab
+        self.windows = (len(tokens) - 1) // c.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
-                               f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
-        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
+                               f"sequence of --seq {c.seq} + 1: give more data or a shorter --seq")
+        self.load(np.linspace(0, len(tokens) - c.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64."""
-        windows = [self.tokens.read(int(start), self.config.seq + 1, self.vocab) for start in starts]
+        windows = [self.tokens.read(int(start), self.c.seq + 1, self.vocab) for start in starts]
         windows = torch.from_numpy(np.stack(windows))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
@@ -671,22 +663,21 @@ class Batches:
     def start(self, number):
         """Return where window `number`, counted through all epochs, starts."""
         epoch, number = divmod(number, self.windows)
-        rng = np.random.default_rng((self.config.seed, epoch))
-        edge = int(rng.integers(len(self.tokens) - self.windows * self.config.seq))
+        rng = np.random.default_rng((self.c.seed, epoch))
+        edge = int(rng.integers(len(self.tokens) - self.windows * self.c.seq))
         keys = rng.integers(1 << 62, size=4).tolist()
-        return edge + self.config.seq * shuffled(number, self.windows, keys)
+        return edge + self.c.seq * shuffled(number, self.windows, keys)
 
     @lru_cache(1)   # so that the loop can read ahead
     def step(self, step, micro, device):
         """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch."""
-        first = (step * self.config.accum + micro) * self.config.batch
-        return self.load([self.start(first + i) for i in range(self.config.batch)], device)
+        first = (step * self.c.accum + micro) * self.c.batch
+        return self.load([self.start(first + i) for i in range(self.c.batch)], device)
 
     def evaluation(self, i, device):
         """Return micro-batch i of eval_batches: evenly spaced windows, the same at every evaluation."""
-        c = self.config
-        starts = np.linspace(0, len(self.tokens) - c.seq - 1, c.eval_batches * c.batch).astype(np.int64)
-        return self.load(starts[i * c.batch:(i + 1) * c.batch], device)
+        starts = np.linspace(0, len(self.tokens) - self.c.seq - 1, self.c.eval_batches * self.c.batch)
+        return self.load(starts[i * self.c.batch:(i + 1) * self.c.batch], device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -833,14 +824,13 @@ def last_good(out):
 def own_state(run):
     """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
     def copy(x):   # zero_ touches memory that is new, which takes longer than copying
-        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
-    kept = [(name, key, x) for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank
-            for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()]
-    own = {name: {} for name, _, _ in kept}
+        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
+    own = {name: {"weight": p.data, **run.optimizer.state.get(p, {})}
+           for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
     with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
-        for (name, key, _), x in zip(kept, pool.map(copy, (x for _, _, x in kept))):
-            own[name][key] = x
-    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
+        copies = {name: pool.map(copy, kept.values()) for name, kept in own.items()}
+    parameters = {name: dict(zip(own[name], copies[name])) for name in own}
+    return {"parameters": parameters, "scales": run.scales and run.scales.state_dict()}
 
 
 def attempt(function, *args):
@@ -852,11 +842,9 @@ def attempt(function, *args):
 
 
 class Saver:
-    """Write checkpoints in the background, while training goes on. All ranks call its methods together.
-
-    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
-    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
-    """
+    """Write checkpoints in the background, while training goes on. All ranks call its methods together. Each
+    writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds manifest.json,
+    with their checksums, and renames the folder: a crash leaves a whole checkpoint or none."""
 
     def __init__(self, run, writer):
         self.run, self.out, self.writer, self.last = run, Path(run.c.out), writer, None
@@ -872,26 +860,24 @@ class Saver:
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        try:
-            return self.last is None or self.last.result()
-        except Exception as e:   # a rank that writes on would take answers to one checkpoint for another's
-            reason = f"{type(e).__name__}: {e}".partition("\n")[0]
-            raise RunError(f"another rank is gone ({reason}): go on with --resume") from None
+        done, error = attempt(self.last.result) if self.last else (True, None)
+        # A rank that went on writing would take answers to one checkpoint for another's.
+        need(not error, f"another rank is gone ({error}): go on with --resume", RunError)
+        return done
 
     def write(self, own, content):
         """Return whether the checkpoint was written. Raise what ends the talk with the other ranks."""
         folder, ranks = self.out / f"step_{content['step']:08}.tmp", self.run.ranks
         parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
         error = next((error for _, error in parts if error), None)
-        if not error:   # the rest is rank 0's
+        if not error and ranks.rank == 0:
             files = {name: written for part, _ in parts for name, written in part.items()}
-            done = attempt(self.commit, folder, {**content, "files": files}) if ranks.rank == 0 else None
-            _, error = gather(done, self.group)[0]
+            _, error = attempt(self.commit, folder, {**content, "files": files})
         if error and ranks.rank == 0:
             ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
                       f"make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
-        return not error
+        return not gather(error, self.group)[0]   # rank 0 knows
 
     def commit(self, folder, content):
         """Write the manifest, rename the folder, and remove old ones."""
@@ -923,13 +909,11 @@ def read_manifest(path, ranks):
     """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
-        raise ValueError("the checksum of its manifest is wrong")
-    if content["step"] != int(path.name[5:]):
-        raise ValueError(f"it was written as that of step {content['step']}")
-    for i, (name, written) in enumerate(content["files"].items()):
-        if i % ranks.world == ranks.rank and size_and_crc(path / name) != written:
-            raise ValueError(f"{name} is not what was written")
+    checksum = zlib.crc32(json.dumps(content).encode())
+    need(checksum == manifest["checksum"], "the checksum of its manifest is wrong", ValueError)
+    need(content["step"] == int(path.name[5:]), f"it was of step {content['step']}", ValueError)
+    for name, written in list(content["files"].items())[ranks.rank::ranks.world]:
+        need(size_and_crc(path / name) == written, f"{name} is not what was written", ValueError)
     return {**content, "path": path}
 
 
@@ -949,14 +933,11 @@ def newest_checkpoint(out, ranks):
 @torch.no_grad()
 def restore(run, saved):
     """Restore weights and scales; to go on training, Adam's moments too. All by name, and bit for bit.
-
-    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
-    """
+    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows."""
     for name, value in asdict(run.model.config).items():
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value,
-             f"{saved['path']} holds a model with {name} = {was}, not {value}: "
-             f"use the --model, --layers and --data of that run")
+             f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
@@ -992,13 +973,11 @@ def lock(out, files):
 
 
 def read_log(path):
-    """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
-    pairs = []
+    """Yield (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     for line in path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else ():
         record, _ = attempt(json.loads, line)
         ours = isinstance(record, dict) and isinstance(record.get("step"), int)
-        pairs.append((line + "\n", record if ours else {}))
-    return pairs
+        yield line + "\n", record if ours else {}
 
 
 def move_aside(path):
@@ -1010,9 +989,7 @@ def move_aside(path):
 @contextmanager
 def run_folder(c, ranks, step):
     """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and to tensorboard.
-
-    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`.
-    """
+    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`."""
     if ranks.rank:
         yield lambda record: None
         return
@@ -1063,17 +1040,15 @@ def run_folder(c, ranks, step):
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
 def report(c):
-    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing.
-
-    Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
-    against that of the first, ||g - g_first|| / ||g_first||.
-    """
+    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing. Several recipes
+    in --fp8 are compared at the same weights: their losses, and the error of their gradients against that of
+    the first, ||g - g_first|| / ||g_first||."""
     ranks, saved = start(c)
     recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 or ranks.world == 1, "--eval_only of several recipes: run it without torchrun")
     for fp8 in recipes:
         run = build(replace(c, fp8=fp8), ranks, saved)
-        if c.sample is not None:
+        if c.sample:
             return ranks.say(sample(run, c.sample))
         loss = evaluate(run, gradient=len(recipes) > 1)
         line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
@@ -1087,9 +1062,11 @@ def report(c):
         gc.collect()   # a compiled model refers to itself: the next one needs its memory
 
 
-def plot_runs(folders, path):
-    """Draw training losses as lines, validation losses as dots, of the runs in these folders."""
-    with picture(path, yscale="log", xlabel="step", ylabel="loss, nats per token; dots: validation") as axes:
+def plot_runs(c):
+    """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c."""
+    folders = [Path(folder) for folder in c.out.split(",")]
+    labels = dict(xlabel="step", ylabel="loss, nats per token; dots: validation")
+    with picture(c.plot, yscale="log", **labels) as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
@@ -1102,16 +1079,14 @@ def plot_runs(folders, path):
 
 
 def bench(c):
-    """Time the recipes one after another on random tokens. Return {name: its row of the table}.
-
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the
-    first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
-    """
+    """Time the recipes one after another on random tokens. Return {name: its row of the table}. Medians:
+    forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the first and
+    one of the second, `x none` the first alone. `kept`: what forward leaves for backward."""
     ranks, _ = start(c)
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")
-    wait, memory = (torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu else (lambda: None, lambda: 0)
+    wait, memory = torch.get_device_module(device).synchronize, torch.cuda.memory_allocated   # 0 on a CPU
     for fp8 in c.fp8.split(","):
         run, times = build(replace(c, fp8=fp8), ranks), []
         inputs, targets = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
@@ -1119,18 +1094,17 @@ def bench(c):
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            times.append([time.perf_counter()])
-            before = memory()
+            before, begin = memory(), time.perf_counter()
             loss = run.model(inputs, targets)
             kept = memory() - before
             loss.backward()
             wait()
-            times[-1].append(time.perf_counter())
+            middle = time.perf_counter()
             update_weights(run, c.lr, step + 1)
             wait()
-            times[-1].append(time.perf_counter())
+            times.append((middle - begin, time.perf_counter() - middle))
             run.optimizer.zero_grad()
-        first, second = (1e3 * statistics.median(t[i + 1] - t[i] for t in times[3:]) for i in (0, 1))
+        first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * first + second)
         rows[fp8] = row = {"fwd+bwd ms": first, "optimizer ms": second, "tokens/s": speed,
                            **mfu(run.model, speed, device)}
@@ -1148,22 +1122,14 @@ def bench(c):
 def main(argv=None):
     """Run the command line. Return the exit code."""
     try:
-        config = parse_config(argv)
-        if config.plot:
-            plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
-        elif config.bench:
-            bench(config)
-        elif config.eval_only or config.sample is not None:
-            report(config)
-        else:
-            train(config)
+        c = parse_config(argv)
+        action = plot_runs if c.plot else bench if c.bench else report if c.eval_only or c.sample else train
+        action(c)
         return 0
     except KeyboardInterrupt:
         code, message = 0, "stopped by a signal before the first step"
-    except UserError as e:
-        code, message = 2, f"error: {e}"
-    except (RunError, OSError) as e:
-        code, message = 1, f"error: {e}"
+    except (UserError, RunError, OSError) as e:
+        code, message = 2 if isinstance(e, UserError) else 1, f"error: {e}"
     except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
         if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
