@@ -199,13 +199,12 @@ def make_optimizer(model, c, mine=lambda p: True):
 
 def make_scales(model, optimizer, c):
     """Return the WeightScales of all layers (autoscale.py), None if the recipe does not scale per tensor."""
-    if model.recipe is None or model.recipe.weight_scale == "block":
-        return None
-    if model.recipe.weight_scale == "predicted":
+    mode = model.recipe.weight_scale if model.recipe else "block"
+    if mode == "predicted":
         with blaming(f"--fp8 {c.fp8} cannot predict weight scales, use --fp8 tensor"):
             check_optimizer(optimizer)
     weights = [layer.weight for layer in model.linears()]
-    return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval)
+    return WeightScales(weights, mode, c.rescale_interval) if mode != "block" else None
 
 
 def requantize(run):
@@ -338,7 +337,7 @@ def loop(run, log, saver):
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            run.val_loss = evaluate(run)
+            health["val_loss"] = run.val_loss = evaluate(run)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
@@ -348,7 +347,6 @@ def loop(run, log, saver):
             speed = (step - last_step) * tokens_per_step / (now - last_time)   # of training alone
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
                       "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
-                      **({"val_loss": run.val_loss} if evaluating else {}),
                       **mfu(model, speed / ranks.world, ranks.device)}
             log(record)
             ranks.say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
@@ -366,9 +364,9 @@ def loop(run, log, saver):
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if ranks.rank == 0:
-        print(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
-        for key, value in summary.items():
-            print(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
+        ranks.say(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
+    for key, value in summary.items():
+        ranks.say(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
     return summary
 
 
@@ -390,9 +388,7 @@ def start(c):
             setattr(c, name, was)
         elif getattr(c, name) != was:
             need(name not in ("beta1", "beta2"), f"--{name} was {was}, as Adam's moments are: leave it out")
-            other = "; windows of data are read in another order"
-            ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}"
-                      f"{other if name in ('data', 'batch', 'accum', 'seq', 'seed') else ''}")
+            ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}")
     with blaming(f"--out {c.out} cannot be written, choose another folder"):
         for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
             need(not Path(c.out).is_dir() or not Path(inside).is_relative_to(os.path.realpath(c.out)),
@@ -403,7 +399,7 @@ def start(c):
 
 
 def build(c, ranks, saved=None):
-    """Return a run: its data (not for --bench), model, optimizer and scales, from `saved` if that is given."""
+    """Return a run: data (not for --bench), model, optimizer and scales, as in `saved` if that is given."""
     with blaming("--data"):
         parts = () if c.bench else open_data(c.data)
     check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
@@ -444,11 +440,9 @@ def scale_health(run, tokens, targets):
     values that quantizing changes in the layers (`watch`)."""
     health = {}
     if run.scales is not None:
-        mine = torch.tensor([run.mine(w) for w in run.scales.weights], device=run.ranks.device)
-        ratio = run.scales.headroom()
-        ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
-        most, minus_least = all_reduce(ends, dist.ReduceOp.MAX).tolist()
-        health.update(scale_ratio=most, scale_ratio_min=-minus_least)
+        headroom = zip(run.scales.weights, run.scales.headroom().tolist())
+        ratios = sum(gather([ratio for weight, ratio in headroom if run.mine(weight)]), [])
+        health.update(scale_ratio=max(ratios), scale_ratio_min=min(ratios))
     if run.c.fp8 != "none":
         records = watch(run.model, tokens, targets)
         for key in dict.fromkeys(key for record in records for key in record):
@@ -821,18 +815,6 @@ def last_good(out):
     return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved"
 
 
-def own_state(run):
-    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
-    def copy(x):   # zero_ touches memory that is new, which takes longer than copying
-        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
-    own = {name: {"weight": p.data, **run.optimizer.state.get(p, {})}
-           for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
-    with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
-        copies = {name: pool.map(copy, kept.values()) for name, kept in own.items()}
-    parameters = {name: dict(zip(own[name], copies[name])) for name in own}
-    return {"parameters": parameters, "scales": run.scales and run.scales.state_dict()}
-
-
 def attempt(function, *args):
     """Return (what the function returns, None), or (None, what went wrong as text)."""
     try:
@@ -851,12 +833,19 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the writers
 
     def save(self):
-        """Copy what this rank writes, and begin to write it."""
+        """Copy the weights and moments that this rank writes to the CPU's memory, and begin to write them."""
+        def copy(kept):   # zero_ touches memory that is new, which takes longer than copying
+            return {key: torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) for key, x in kept.items()}
         self.finish()
         run = self.run
+        own = {name: {"weight": p.data, **run.optimizer.state.get(p, {})}
+               for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
+        with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
+            own = dict(zip(own, pool.map(copy, own.values())))
+        state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
                    "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
-        self.last = self.writer.submit(self.write, own_state(run), content)
+        self.last = self.writer.submit(self.write, state, content)
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
@@ -865,13 +854,13 @@ class Saver:
         need(not error, f"another rank is gone ({error}): go on with --resume", RunError)
         return done
 
-    def write(self, own, content):
+    def write(self, state, content):
         """Return whether the checkpoint was written. Raise what ends the talk with the other ranks."""
         folder, ranks = self.out / f"step_{content['step']:08}.tmp", self.run.ranks
-        parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
+        parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", state), self.group)
         error = next((error for _, error in parts if error), None)
         if not error and ranks.rank == 0:
-            files = {name: written for part, _ in parts for name, written in part.items()}
+            files = dict(part for part, _ in parts)
             _, error = attempt(self.commit, folder, {**content, "files": files})
         if error and ranks.rank == 0:
             ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
@@ -891,13 +880,13 @@ class Saver:
             shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
 
 
-def write_file(path, own):
+def write_file(path, state):
     path.parent.mkdir(exist_ok=True)
     torch.serialization.set_crc32_options(False)   # the CRC of the whole file is enough
-    torch.save(own, path)
+    torch.save(state, path)
     with open(path) as f:
         os.fsync(f.fileno())
-    return {path.name: size_and_crc(path)}
+    return path.name, size_and_crc(path)
 
 
 def size_and_crc(path):
@@ -911,7 +900,7 @@ def read_manifest(path, ranks):
     content = manifest["content"]
     checksum = zlib.crc32(json.dumps(content).encode())
     need(checksum == manifest["checksum"], "the checksum of its manifest is wrong", ValueError)
-    need(content["step"] == int(path.name[5:]), f"it was of step {content['step']}", ValueError)
+    need(content["step"] == int(path.name[5:]), f"it is of step {content['step']}", ValueError)
     for name, written in list(content["files"].items())[ranks.rank::ranks.world]:
         need(size_and_crc(path / name) == written, f"{name} is not what was written", ValueError)
     return {**content, "path": path}
