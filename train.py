@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
-from fp8_formats import E4M3, picture
+from fp8_formats import picture
 from microscale import ALL, HAS_TRITON, RECIPES, Quantized, kernels_run_on, transpose
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token, watch
 
@@ -164,9 +164,9 @@ def resolve(c, device, world):
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     for f in fields(c):
-        (least, most), value = f.metadata["limits"], getattr(c, f.name)
-        if least is not None:
-            need(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
+        value, least, most = getattr(c, f.name), *f.metadata["limits"]
+        within = least is None or least <= value <= most
+        need(within, f"--{f.name} {value} must lie between {least} and {most}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
@@ -194,7 +194,7 @@ def make_optimizer(model, c, mine=lambda p: True):
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    return FP8AdamW(groups, layers.values(), **options)   # frozen ones too: their scales change
+    return FP8AdamW(groups, layers.values(), **options)   # the scales of frozen weights change, too
 
 
 def make_scales(model, optimizer, c):
@@ -275,8 +275,7 @@ def train(c):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, saved = start(c)
     if saved and saved["step"] >= c.steps:
-        return ranks.say(f"{saved['path']} is at step {saved['step']} of {c.steps}: the run is done; "
-                         f"raise --steps")
+        return ranks.say(f"{c.out} is at step {saved['step']} of {c.steps}: the run is done; raise --steps")
     run = build(c, ranks, saved)
     if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device)
@@ -389,10 +388,9 @@ def start(c):
         elif getattr(c, name) != was:
             need(name not in ("beta1", "beta2"), f"--{name} was {was}, as Adam's moments are: leave it out")
             ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}")
-    with blaming(f"--out {c.out} cannot be written, choose another folder"):
-        for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
-            need(not Path(c.out).is_dir() or not Path(inside).is_relative_to(os.path.realpath(c.out)),
-                 f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
+    for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
+        need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
+             f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
     resolve(c, ranks.device, 1 if reporting else ranks.world)
     return ranks, saved
@@ -421,9 +419,8 @@ def build(c, ranks, saved=None):
         drop_weights(run)
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales = make_scales(run.model, run.optimizer, c)
-    # `norms` are those of the last 100 gradients that changed weights. Nothing random is drawn in training: a
-    # checkpoint holds this, weights, moments and scales, and no more.
-    run.progress = SimpleNamespace(step=0, skipped=0, norms=[])
+    # Nothing random is drawn in training: a checkpoint holds this, weights, moments and scales, and no more.
+    run.progress = SimpleNamespace(step=0, skipped=0, norms=[])   # norms of the last 100 gradients in use
     if saved:
         restore(run, saved)
     requantize(run)
@@ -436,12 +433,12 @@ def build(c, ranks, saved=None):
 # What is watched
 
 def scale_health(run, tokens, targets):
-    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the shares of
-    values that quantizing changes in the layers (`watch`)."""
+    """Return, for the log, the largest and the least headroom, and what quantizing changes (`watch`)."""
     health = {}
     if run.scales is not None:
         headroom = zip(run.scales.weights, run.scales.headroom().tolist())
-        ratios = sum(gather([ratio for weight, ratio in headroom if run.mine(weight)]), [])
+        own = [ratio for weight, ratio in headroom if run.mine(weight)]
+        ratios = list(itertools.chain(*gather(own)))   # below 1 weights saturate
         health.update(scale_ratio=max(ratios), scale_ratio_min=min(ratios))
     if run.c.fp8 != "none":
         records = watch(run.model, tokens, targets)
@@ -456,11 +453,10 @@ def first_non_finite(run, step):
     def look(name, x):
         if x is not None and not x.isfinite().all():
             bad.append(name)
-    bad = []   # hooks and `fused` stay as they are made here: the run ends
-    for name, module in list(run.model.named_modules())[1:]:   # a module ends before the one that holds it
+    bad = []
+    # Blocks with hooks run layer by layer. A module ends before the one that holds it.
+    for name, module in list(run.model.named_modules())[1:]:
         module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
-    for block in run.model.blocks:
-        block.fused = False   # layer by layer, up to rounding the same numbers
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
         run.model(*run.batches.step(step, run.ranks.rank, run.ranks.device))
     for name, p in reversed(list(run.model.named_parameters())):
@@ -600,8 +596,7 @@ def data_files(source):
 def open_data(source):
     """Return [training Tokens, validation Tokens] of --data. Validation data are token files with the word
     val, valid or validation in their path below --data, or a text file of that name (val.txt). Without these
-    it is a twentieth: of 40 or more files those that a checksum of their names selects, else the last tokens.
-    """
+    it is a twentieth: of 40 files or more, those that a checksum of names selects; else the last tokens."""
     paths, top = data_files(source)
     files = [token_file(path) for path in paths]
     total, kinds = sum(count for _, _, count, _ in files), sorted({str(dtype) for *_, dtype in files})
@@ -769,28 +764,25 @@ def owners(model, world):
 
 
 def drop_weights(run):
-    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape."""
+    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape, and have
+    copies of zeros, which `share` overwrites."""
     need(run.ranks.world <= len(run.owner), f"--shard: {run.ranks.world} ranks are more than the "
          f"{len(run.owner)} parameters to own: use fewer ranks, or leave --shard out")
     for layer in run.model.linears():
         if layer.recipe and not run.mine(layer.weight):
             layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
+            layer.requantize()
 
 
 def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
     which each rank makes W^T; embedding, head and norms in BF16 (FP32 on a CPU), as the model uses them."""
-    all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # a rank measures 0 for weights that it does not own
+    all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
     dtype = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
     layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
     sent = []
     for p, owner in run.owner.items():
-        if p not in layers:
-            data = p.data.to(dtype)
-        elif layers[p][0].copies:
-            data = layers[p][0].copies[0].data
-        else:
-            data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
+        data = layers[p][0].copies[0].data if p in layers else p.data.to(dtype)
         sent.append((p, data, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
     for p, data, work in sent:
         work.wait()
@@ -840,7 +832,7 @@ class Saver:
         run = self.run
         own = {name: {"weight": p.data, **run.optimizer.state.get(p, {})}
                for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
-        with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
+        with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, eight 0.8 s
             own = dict(zip(own, pool.map(copy, own.values())))
         state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
@@ -927,18 +919,13 @@ def restore(run, saved):
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value,
              f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
-    parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
-             for name in saved["files"]]
+    parts = [torch.load(saved["path"] / name, map_location="cpu", mmap=True) for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
-    group_of = {p: group for group in run.optimizer.param_groups for p in group["params"]}
     for name, p in run.model.named_parameters():
-        weight = kept[name].pop("weight")
         if run.mine(p):
-            p.copy_(weight)
-        for key, value in kept[name].items() if run.c.resume and p in group_of else ():
-            # A step count lies on the CPU, but for PyTorch's fused AdamW.
-            device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
-            run.optimizer.state[p][key] = value.to(device, copy=True)
+            p.copy_(kept[name].pop("weight"))
+            if run.c.resume:
+                run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept[name].items()}
     if run.c.resume:
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
@@ -982,7 +969,7 @@ def run_folder(c, ranks, step):
     if ranks.rank:
         yield lambda record: None
         return
-    out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
+    out, board = Path(c.out).resolve(), None   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
         if c.tensorboard:
@@ -1054,8 +1041,7 @@ def report(c):
 def plot_runs(c):
     """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c."""
     folders = [Path(folder) for folder in c.out.split(",")]
-    labels = dict(xlabel="step", ylabel="loss, nats per token; dots: validation")
-    with picture(c.plot, yscale="log", **labels) as axes:
+    with picture(c.plot, yscale="log", xlabel="step", ylabel="loss, nats/token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
