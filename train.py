@@ -154,8 +154,8 @@ def resolve(c, device, world):
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
-    names = [("model", c.model, PRESETS), ("recompute", c.recompute, RECOMPUTE)]
-    for option, value, known in [*names, *(("fp8", fp8, RECIPES) for fp8 in recipes)]:
+    names = [("fp8", fp8, RECIPES) for fp8 in recipes]
+    for option, value, known in [*names, ("model", c.model, PRESETS), ("recompute", c.recompute, RECOMPUTE)]:
         need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
     defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
     for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
