@@ -289,8 +289,7 @@ def train(c):
         if saved["tokens"] != len(run.batches.tokens):
             ranks.say(f"note: --data had {saved['tokens']} training tokens: windows come in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
-    run.val_loss = evaluate(run)
-    ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {run.val_loss:.4f}")
+    ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {evaluate(run):.4f}")
     with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # writes begin
         return loop(run, log, Saver(run, writer))
 
@@ -336,7 +335,7 @@ def loop(run, log, saver):
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            health["val_loss"] = run.val_loss = evaluate(run)
+            health["val_loss"] = evaluate(run)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
@@ -357,7 +356,7 @@ def loop(run, log, saver):
         return ranks.say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
-               "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
+               "val_loss": round(record["val_loss"], 4), "skipped_steps": progress.skipped,
                "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
@@ -969,7 +968,7 @@ def run_folder(c, ranks, step):
     if ranks.rank:
         yield lambda record: None
         return
-    out, board = Path(c.out).resolve(), None   # behind a link as well, a run is renamed where it lies
+    out = Path(c.out).resolve()   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
         if c.tensorboard:
@@ -977,7 +976,6 @@ def run_folder(c, ranks, step):
                          f"or needs pip install tensorboard"):
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
                 from torch.utils.tensorboard import SummaryWriter
-                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         with blaming(f"--out {c.out} cannot be written, choose another folder"):
             lock(out, files)
             if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
@@ -991,6 +989,7 @@ def run_folder(c, ranks, step):
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
             path.with_suffix(".tmp").replace(path)
+        board = c.tensorboard and files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         about = {"command": shlex.join(sys.argv), "config": asdict(c), "python": sys.version.split()[0],
                  "torch": torch.__version__, "triton": HAS_TRITON and sys.modules["triton"].__version__,
                  "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores"}
