@@ -297,6 +297,12 @@ class Transformer(nn.Module):
         self.norm, self.head = Norm(config), head
         self.rope = rope_table(config.seq, config.head_dim, config.rope_theta)   # DDP would send buffers
 
+    def balance(self, loads):
+        """Balance the routers, once per optimizer step, by the loads (layers, experts) of all its tokens."""
+        for block, load in zip(self.blocks, loads):
+            if block.router:
+                block.router.balance(load)
+
     def linears(self):
         """Return the linear layers of the blocks in the order of the forward pass."""
         return [m for m in self.blocks.modules() if isinstance(m, Linear)]
@@ -316,7 +322,8 @@ class Transformer(nn.Module):
             if block.router:
                 x, load = x
                 loads.append(load)
-        self.loads = torch.stack(loads) if loads else None   # (layers, experts): of this batch
+        if loads:
+            self.loads = torch.stack(loads)   # (layers, experts): how many of these tokens each expert got
         x = self.norm(x)
         return self.head(x) if targets is None else head_loss(x, self.head.weight, targets)
 

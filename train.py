@@ -26,12 +26,11 @@ import shutil
 import signal
 import statistics
 import sys
-import sysconfig
 import time
 import zlib
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -46,8 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
-from fp8_formats import E4M3, picture
-from microscale import ALL, HAS_TRITON, RECIPES, Quantized, kernels_run_on, transpose
+from fp8_formats import picture
+from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
 from model import PRESETS, RECOMPUTE, Transformer, flops_per_token, watch
 
 
@@ -59,9 +58,9 @@ class RunError(Exception):
     """The run went wrong and cannot go on. Exit code 1."""
 
 
-def need(condition, message):
+def need(condition, message, error=UserError):
     if not condition:
-        raise UserError(message)
+        raise error(message)
 
 
 @contextmanager
@@ -158,10 +157,9 @@ def resolve(c, device, world):
     c.model = c.model or ("124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
-    for option, values, known in (("fp8", recipes, RECIPES), ("model", [c.model], PRESETS),
-                                  ("recompute", [c.recompute], RECOMPUTE)):
-        for value in values:
-            need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
+    names = [("fp8", fp8, RECIPES) for fp8 in recipes]
+    for option, value, known in [*names, ("model", c.model, PRESETS), ("recompute", c.recompute, RECOMPUTE)]:
+        need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
     defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
     for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
         if getattr(c, name) is None:
@@ -169,14 +167,14 @@ def resolve(c, device, world):
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     for f in fields(c):
-        (least, most), value = f.metadata["limits"], getattr(c, f.name)
-        if least is not None:
-            need(least <= value <= most, f"--{f.name} {value} must lie between {least:g} and {most:g}")
+        value, least, most = getattr(c, f.name), *f.metadata["limits"]
+        within = least is None or least <= value <= most
+        need(within, f"--{f.name} {value} must lie between {least} and {most}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens, not a multiple of 16, as --fp8 "
-         f"{c.fp8} needs to sum over them: change --batch or --seq")
+         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
+         f"change --batch or --seq")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
@@ -189,32 +187,27 @@ def resolve(c, device, world):
 
 def make_optimizer(model, c, mine=lambda p: True):
     """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
-
-    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well.
-    """
-    layers = {layer.weight: layer for layer in model.linears() if layer.recipe}
-    kinds = [], [], []
-    for p in model.parameters():
-        if p.requires_grad and mine(p):
-            kinds[0 if p in layers else 1 if p.dim() >= 2 else 2].append(p)
-    groups = [{"params": params, "weight_decay": decay}
-              for params, decay in zip(kinds, (c.weight_decay, c.weight_decay, 0.0)) if params]
+    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well."""
+    layers = {layer.weight: layer for layer in model.linears() if layer.recipe and mine(layer.weight)}
+    trained = [p for p in model.parameters() if p.requires_grad and mine(p)]
+    others = [p for p in trained if p not in layers]
+    groups = [dict(params=[p for p in trained if p in layers], weight_decay=c.weight_decay),
+              dict(params=[p for p in others if p.dim() >= 2], weight_decay=c.weight_decay),
+              dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    predicted = [layers[p] for p in kinds[0] if layers[p].recipe.weight_scale != "block"]
-    return FP8AdamW(groups or [{"params": []}], predicted, **options)   # a rank may own frozen weights alone
+    return FP8AdamW(groups, layers.values(), **options)   # the scales of frozen weights change, too
 
 
 def make_scales(model, optimizer, c):
     """Return the WeightScales of all layers (autoscale.py), None if the recipe does not scale per tensor."""
-    if model.recipe is None or model.recipe.weight_scale == "block":
-        return None
-    if model.recipe.weight_scale == "predicted":
+    mode = model.recipe.weight_scale if model.recipe else "block"
+    if mode == "predicted":
         with blaming(f"--fp8 {c.fp8} cannot predict weight scales, use --fp8 tensor"):
             check_optimizer(optimizer)
-    weights, experts = zip(*((layer.weight, layer.experts or 1) for layer in model.linears()))
-    return WeightScales(weights, model.recipe.weight_scale, c.rescale_interval, experts)
+    weights, parts = zip(*((layer.weight, layer.experts or 1) for layer in model.linears()))
+    return WeightScales(weights, mode, c.rescale_interval, parts) if mode != "block" else None
 
 
 def requantize(run):
@@ -225,22 +218,20 @@ def requantize(run):
 
 
 def update_weights(run, lr, update):
-    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights.
-
-    A predicted scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale
-    that is measured, at each step or once in --rescale_interval, waits for them, as do the copies.
-    """
+    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. A predicted
+    scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale that is
+    measured, at each step or once in --rescale_interval, waits for them, as do the copies."""
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
         scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
     run.optimizer.step()
     if scales and measured:
-        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
+        scales.rescale()
     if measured or not getattr(run.optimizer, "layers", None):   # else FP8AdamW has written the copies
         requantize(run)
     if run.sharded:
-        share(run, measured)
+        share(run)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -256,19 +247,22 @@ def learning_rate(step, c):
 
 def forward_backward(run, step):
     """Compute the gradients of one optimizer step, averaged over micro-batches and ranks. Return this rank's
-    share of the mean loss, and its last (tokens, targets)."""
+    share of the mean loss, its tokens for each expert (layers, experts), and its last (tokens, targets)."""
     c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
+    loads = torch.zeros(c.layers, run.model.config.experts, device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
     for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
+        run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in run.model.linears():
             layer.accumulates = not sends   # DDP waits for gradients in autograd's hooks
-        with nullcontext() if run.ddp is run.model or sends else run.ddp.no_sync():
-            loss = run.ddp(tokens, targets)
-            (loss / len(mine)).backward()   # DDP averages over the ranks
+        loss = run.ddp(tokens, targets)
+        (loss / len(mine)).backward()   # DDP averages over the ranks
         loss_sum += loss.detach() / c.accum
-    return loss_sum, (tokens, targets)
+        if loads.numel():
+            loads += run.model.loads
+    return loss_sum, loads, (tokens, targets)
 
 
 def evaluate(run, gradient=False):
@@ -287,8 +281,7 @@ def train(c):
     """Make the whole run. Return its summary; None if nothing was left to do, or if a signal ended it."""
     ranks, saved = start(c)
     if saved and saved["step"] >= c.steps:
-        return ranks.say(f"{saved['path']} is at step {saved['step']} of {c.steps}: the run is done; "
-                         f"raise --steps")
+        return ranks.say(f"{c.out} is at step {saved['step']} of {c.steps}: the run is done; raise --steps")
     run = build(c, ranks, saved)
     if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device)
@@ -302,9 +295,8 @@ def train(c):
         if saved["tokens"] != len(run.batches.tokens):
             ranks.say(f"note: --data had {saved['tokens']} training tokens: windows come in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
-    run.val_loss = evaluate(run)
-    ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {run.val_loss:.4f}")
-    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # now files are written
+    ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {evaluate(run):.4f}")
+    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # writes begin
         return loop(run, log, Saver(run, writer))
 
 
@@ -319,14 +311,16 @@ def loop(run, log, saver):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
-        loss, last_batch = forward_backward(run, step)
+        loss, loads, last_batch = forward_backward(run, step)
         if ranks.device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(step + 1, ranks.rank, ranks.device)
         health = scale_health(run, *last_batch) if logging else {}
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
-        shared = all_reduce(torch.stack((loss, loss.new_tensor(float(stop.received)))))
-        loss, stopping, norm_value = torch.cat((shared, norm.view(1))).tolist()
+        shared = torch.stack((loss, loss.new_tensor(float(stop.received))))
+        shared = all_reduce(torch.cat((shared, loads.flatten())))
+        loss, stopping, norm_value = torch.cat((shared[:2], norm.view(1))).tolist()
+        loads = shared[2:].view_as(loads)
 
         watched = c.spike and len(progress.norms) >= 20
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
@@ -334,6 +328,7 @@ def loop(run, log, saver):
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
             clip_grads_with_norm_(trained, c.clip, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
+            model.balance(loads)
         else:
             progress.skipped, in_a_row = progress.skipped + 1, in_a_row + 1
             ranks.say(f"step {step + 1}: loss {loss}, gradient norm {norm_value}: skipped, the weights stay")
@@ -349,37 +344,38 @@ def loop(run, log, saver):
 
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
-            run.val_loss = evaluate(run)
+            health["val_loss"] = evaluate(run)
             check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
         if ending or evaluating and not in_a_row:
             saver.save()
+        if logging and loads.numel():   # 1 if all experts of a layer got as many tokens
+            health["load"] = (loads.amax(1) / loads.mean(1)).max().item()
         if logging or evaluating or stopping:
             speed = (step - last_step) * tokens_per_step / (now - last_time)   # of training alone
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm_value,
                       "skipped": progress.skipped, "tokens_per_s": round(speed, 1), **health,
-                      **({"val_loss": run.val_loss} if evaluating else {}),
                       **mfu(model, speed / ranks.world, ranks.device)}
             log(record)
             ranks.say(progress_line(record, c, (c.steps - step) * tokens_per_step / speed))
             last_step, last_time = step, time.perf_counter()
     seconds = time.perf_counter() - started
-    if not saver.finish():
-        raise RunError(f"the last checkpoint is missing: make room in {c.out}, then go on with --resume")
+    saved = saver.finish()
+    need(saved, f"the last checkpoint is missing: make room in {c.out}, then go on with --resume", RunError)
     if progress.step < c.steps:
         return ranks.say(f"stopped by a signal; {last_good(c.out)}; go on with --resume --out {c.out}")
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
-               "val_loss": round(run.val_loss, 4), "skipped_steps": progress.skipped,
+               "val_loss": round(record["val_loss"], 4), "skipped_steps": progress.skipped,
                "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if ranks.rank == 0:
-        print(f"\n--- sample ---\n{sample(run)}\n--- summary ---",
-              *(f"{key:16} {value:{',' if isinstance(value, int) else ''}}" for key, value in summary.items()),
-              sep="\n")
+        ranks.say(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
+    for key, value in summary.items():
+        ranks.say(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
     return summary
 
 
@@ -388,10 +384,8 @@ def loop(run, log, saver):
 
 def start(c):
     """Return Ranks, and the manifest of the checkpoint that --resume, --eval_only or --sample reads, or None.
-
-    Options that the command line does not give come from that checkpoint's run.
-    """
-    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample is not None
+    Options that the command line does not give come from that checkpoint's run."""
+    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample
     saved = newest_checkpoint(c.out, ranks) if c.resume or reporting else None
     need(saved or not reporting, f"there is no checkpoint in {c.out}: check --out, or train first")
     if c.resume and not saved:
@@ -403,31 +397,17 @@ def start(c):
             setattr(c, name, was)
         elif getattr(c, name) != was:
             need(name not in ("beta1", "beta2"), f"--{name} was {was}, as Adam's moments are: leave it out")
-            other = "; windows of data are read in another order"
-            ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}"
-                      f"{other if name in ('data', 'batch', 'accum', 'seq', 'seed') else ''}")
-    with blaming(f"--out {c.out} cannot be written, choose another folder"):
-        for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
-            need(not Path(c.out).is_dir() or not Path(inside).is_relative_to(os.path.realpath(c.out)),
-                 f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
+            ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}")
+    for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
+        need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
+             f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
     resolve(c, ranks.device, 1 if reporting else ranks.world)
     return ranks, saved
 
 
-def make_model(c, device, vocab):
-    """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
-    with blaming(f"--model {c.model}"), torch.device(device):
-        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
-        model = Transformer(config, c.fp8, c.recompute)
-    if device.type == "cuda" and c.fp8 == "none":
-        model.compile(dynamic=False)
-    return model
-
-
 def build(c, ranks, saved=None):
-    """Return all that a run needs: data (not for --bench), model, optimizer and scales, from the checkpoint
-    `saved` if given."""
+    """Return a run: data (not for --bench), model, optimizer and scales, as in `saved` if that is given."""
     with blaming("--data"):
         parts = () if c.bench else open_data(c.data)
     check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
@@ -436,7 +416,11 @@ def build(c, ranks, saved=None):
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1)
     run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
     torch.manual_seed(c.seed)
-    run.model = run.ddp = make_model(c, ranks.device, vocab)
+    with blaming(f"--model {c.model}"), torch.device(ranks.device):
+        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
+        run.model = run.ddp = Transformer(config, c.fp8, c.recompute)
+    if ranks.device.type == "cuda" and c.fp8 == "none":   # of FP8, model.py compiles parts
+        run.model.compile(dynamic=False)
     for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     run.owner = owners(run.model, ranks.world)
@@ -445,14 +429,13 @@ def build(c, ranks, saved=None):
         drop_weights(run)
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales = make_scales(run.model, run.optimizer, c)
-    # `norms` are those of the last 100 gradients that changed weights. Nothing random is drawn while training,
-    # so a checkpoint holds this, weights, moments and scales, and no more.
-    run.progress = SimpleNamespace(step=0, skipped=0, norms=[])
+    # Nothing random is drawn in training: a checkpoint holds this, weights, moments and scales, and no more.
+    run.progress = SimpleNamespace(step=0, skipped=0, norms=[])   # norms of the last 100 gradients in use
     if saved:
         restore(run, saved)
     requantize(run)
     if run.sharded:
-        share(run, measured=True)
+        share(run)
     return run
 
 
@@ -460,15 +443,13 @@ def build(c, ranks, saved=None):
 # What is watched
 
 def scale_health(run, tokens, targets):
-    """Return, for the log, the largest and the least headroom (below 1 weights saturate), and the shares of
-    values that quantizing changes in the layers (`watch`)."""
+    """Return, for the log, the largest and the least headroom, and what quantizing changes (`watch`)."""
     health = {}
     if run.scales is not None:
-        mine = torch.tensor([run.mine(w) for w in run.scales.weights], device=run.ranks.device)
-        ratio = run.scales.headroom()
-        ends = torch.stack([torch.where(mine, end, -math.inf).max() for end in (ratio, -ratio)])
-        most, minus_least = all_reduce(ends, dist.ReduceOp.MAX).tolist()
-        health.update(scale_ratio=most, scale_ratio_min=-minus_least)
+        headroom = run.scales.headroom().cpu().split(run.scales.parts)
+        own = [x for x, weight in zip(headroom, run.scales.weights) if run.mine(weight)]
+        ratios = torch.cat(sum(gather(own), [])).tolist()   # below 1 weights saturate
+        health.update(scale_ratio=max(ratios), scale_ratio_min=min(ratios))
     if run.c.fp8 != "none":
         records = watch(run.model, tokens, targets)
         for key in dict.fromkeys(key for record in records for key in record):
@@ -482,12 +463,10 @@ def first_non_finite(run, step):
     def look(name, x):
         if x is not None and not x.isfinite().all():
             bad.append(name)
-    bad = []   # hooks and `fused` stay as they are made here: the run ends
-    for name, module in run.model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
-    for block in run.model.blocks:
-        block.fused = False   # layer by layer, up to rounding the same numbers
+    bad = []
+    # Blocks with hooks run layer by layer. A module ends before the one that holds it.
+    for name, module in list(run.model.named_modules())[1:]:
+        module.register_forward_hook(lambda _, __, y, name=f"the output of {name}": look(name, y))
     with torch.compiler.set_stance("force_eager"):   # a compiled model would not call the hooks
         run.model(*run.batches.step(step, run.ranks.rank, run.ranks.device))
     for name, p in reversed(list(run.model.named_parameters())):
@@ -501,7 +480,7 @@ def progress_line(record, c, seconds_left):
     for name in ("mfu", "saturated", "folded"):   # shares; of X, of dY, and folded across tokens for wgrad
         shares = [f"{value:.2%}" for key, value in record.items() if key.startswith(name)]
         line += f"  {name} {', '.join(shares)}" if shares else ""
-    for name, key in (("scale x", "scale_ratio"), ("validation loss ", "val_loss")):
+    for name, key in (("scale x", "scale_ratio"), ("load x", "load"), ("validation loss ", "val_loss")):
         line += f"  {name}{record[key]:.4f}" if key in record else ""
     return f"{line}  {timedelta(seconds=round(seconds_left))} left"
 
@@ -532,8 +511,8 @@ def sample(run, prompt=None, count=200):
     tokens, vocab, device = run.val_batches.tokens, run.model.config.vocab, run.ranks.device
     is_text = tokens.dtype == np.uint8
     if is_text:
-        ids = list(os.fsencode("def " if prompt is None else prompt))
-    elif prompt is None:
+        ids = list(os.fsencode(prompt or "def "))
+    elif not prompt:
         ids = tokens.read(0, min(16, len(tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
@@ -551,21 +530,21 @@ class Tokens:
     """Tokens in files that follow each other, read window by window."""
 
     def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
-        self.files, self.dtype = [file for file in files if file[2]], np.dtype(dtype)
-        self.ends = list(itertools.accumulate(count for _, _, count in self.files))
+        self.files, self.dtype = [file for file in files if file[2]], dtype
+        self.starts = [0, *itertools.accumulate(count for _, _, count in self.files)]
 
     def __len__(self):
-        return self.ends[-1] if self.ends else 0
+        return self.starts[-1]
 
     def read(self, start, count, vocab=math.inf):
         """Return tokens start ... start + count - 1 as int64. UserError for one outside the vocabulary."""
         pieces, stop = [], start + count
         while start < stop:
-            i = bisect(self.ends, start)
-            path, offset, size = self.files[i]
-            skip, take = start - self.ends[i] + size, min(stop, self.ends[i]) - start
-            offset += skip * self.dtype.itemsize   # mapped anew each time: a map keeps what it touched
-            with blaming(f"--data: {path} has changed"):
+            i = bisect(self.starts, start)
+            path, offset, _ = self.files[i - 1]
+            offset += (start - self.starts[i - 1]) * self.dtype.itemsize
+            take = min(stop, self.starts[i]) - start
+            with blaming(f"--data: {path} has changed"):   # mapped each time: a map keeps what it touched
                 piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= vocab)][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
@@ -576,73 +555,70 @@ class Tokens:
 
 
 def token_file(path):
-    """Return ((path, offset, tokens), dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
+    """Return (path, offset, tokens, dtype) of a .npy array, an llm.c shard, nanoGPT's uint16, or text."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if suffix == ".npy":
         array, reason = attempt(np.lib.format.open_memmap, path, "r")
         need(array is not None, f"--data: {path} is no .npy file ({reason}): use numpy.save")
         need(array.ndim == 1 and array.dtype.kind in "iu",
              f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
-        return (path, array.offset, len(array)), array.dtype
+        return path, array.offset, len(array), array.dtype
     if suffix != ".bin":
-        return (path, 0, size), np.dtype(np.uint8)
+        return path, 0, size, np.dtype(np.uint8)
     header = np.fromfile(path, np.int32, 256)   # of llm.c's shards: magic, version, number of tokens
-    is_shard = len(header) > 2 and header[0] == 20240520
-    need(size % 2 == 0 and (not is_shard or header[1] == 1 and size == 1024 + 2 * int(header[2])),
+    offset = 1024 if len(header) > 2 and header[0] == 20240520 else 0
+    need(size % 2 == 0 and (not offset or header[1] == 1 and size == offset + 2 * int(header[2])),
          f"--data: {path} has {size} bytes: no uint16 tokens, nor shards of version 1; copy it again")
-    return (path, 1024, int(header[2])) if is_shard else (path, 0, size // 2), np.dtype(np.uint16)
+    return path, offset, (size - offset) // 2, np.dtype(np.uint16)
 
 
-def files_below(root):
-    """Return the files in a folder and below, links followed. OSError for a folder that cannot be read."""
-    def fail(error):
-        raise error
-    found, seen = [], set()
-    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
-        new = os.path.realpath(folder) not in seen   # else a link led back here
-        seen.add(os.path.realpath(folder))
-        below[:] = [n for n in below if new and n not in ("__pycache__", "site-packages") and n[0] != "."]
-        found += [Path(folder, name) for name in names if new and name[0] != "."]
-    return found
+def files_below(folder, seen):
+    """Yield the files in a folder and below, links followed. OSError for a folder that cannot be read."""
+    seen.add(os.path.realpath(folder))
+    for path in sorted(map(Path, os.scandir(folder))):
+        if path.name[0] == "." or path.name in ("__pycache__", "site-packages"):
+            continue
+        if not path.is_dir():
+            yield path
+        elif os.path.realpath(path) not in seen:   # else a link leads back
+            yield from files_below(path, seen)
 
 
 def data_files(source):
     """Return (the files that --data names, each once, in a fixed order; the folder that holds them)."""
-    root = Path(source or sysconfig.get_paths()["stdlib"])
+    root = Path(source or os.path.dirname(os.__file__))
     if root.is_dir():
-        top, files = root, [p for p in files_below(root) if source or p.suffix == ".py"]
+        top, files = root, [p for p in files_below(root, set()) if source or p.suffix == ".py"]
     else:   # one file, or a pattern
         files = [root] if root.exists() else [Path(name) for name in glob.glob(str(root), recursive=True)]
         need(files, f"--data {root} does not exist: give a folder, a file or a pattern, or leave it out")
         if glob.has_magic(str(root.parent)) or root.name == "**":   # glob passes over what it cannot read
-            files_below(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)))
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts))
+            list(files_below(base, set()))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    files = [p for p in sorted(files, key=lambda p: (-len(p.parts), p.parts))
-             if p.is_file() and p.name != "log.jsonl"]   # which is of a run
-    files = sorted({os.path.realpath(p): p for p in files}.values(), key=lambda p: p.parts)   # each once
+    files = [p for p in files if p.is_file() and p.name != "log.jsonl"]   # which is of a run
+    files.sort(key=lambda p: (-len(p.parts), p.parts))   # of several links to a file the shortest stays
+    files = sorted({os.path.realpath(p): p for p in files}.values())
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
     return tokens or [p for p in files if np.fromfile(p, np.uint8, 1024).all()], top   # text has no zeros
 
 
 def open_data(source):
-    """Return [training Tokens, validation Tokens] of --data.
-
-    Validation data are token files with the word val, valid or validation in their path below --data, or a
-    text file of that name (val.txt). Without these it is a twentieth: of at least 40 files those that a
-    checksum of their names selects, of fewer the last tokens.
-    """
+    """Return [training Tokens, validation Tokens] of --data. Validation data are token files with the word
+    val, valid or validation in their path below --data, or a text file of that name (val.txt). Without these
+    it is a twentieth: of 40 files or more, those that a checksum of names selects; else the last tokens."""
     paths, top = data_files(source)
-    files, dtypes = zip(*map(token_file, paths)) if paths else ((), ())
-    total, kinds = sum(count for _, _, count in files), sorted({str(dtype) for dtype in dtypes})
+    files = [token_file(path) for path in paths]
+    total, kinds = sum(count for _, _, count, _ in files), sorted({str(dtype) for *_, dtype in files})
     need(total, f"--data {source} holds no tokens: .bin and .npy files are read, or text (no zero bytes)")
     need(len(kinds) == 1, f"--data {source} mixes {' and '.join(kinds)} tokens: keep one kind per folder")
-    dtype, names = dtypes[0], [path.relative_to(top).as_posix() for path in paths]
+    dtype, names = files[0][3], [path.relative_to(top).as_posix() for path in paths]
     word = "val(id|idation)?([.][^/]*)?" if dtype == np.uint8 else r"(.*[\W_])?val(id|idation)?([\W_].*)?"
     held_out = [bool(source and len(paths) > 1 and re.fullmatch(word, name, re.I | re.S)) for name in names]
     if not any(held_out) and len(paths) >= 40:
         held_out = [zlib.crc32(os.fsencode(name)) % 20 == 0 for name in names]
     left, parts = int(total * (1 - 0.05)), ([], [])
-    for (path, offset, count), out in zip(files, held_out):
+    for (path, offset, count, _), out in zip(files, held_out):
         take = count * (not out) if any(held_out) else min(left, count)   # one file may be cut in two
         parts[0].append((path, offset, take))
         parts[1].append((path, offset + take * dtype.itemsize, count - take))
@@ -651,11 +627,9 @@ def open_data(source):
 
 
 def shuffled(number, n, keys):
-    """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down.
-
-    A Feistel network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be
-    undone, whatever f does, so no two numbers meet. One that lands at n or above goes through again.
-    """
+    """Return the place of `number` in a random order of 0 ... n - 1 that is nowhere written down. A Feistel
+    network shuffles all numbers of 2 b bits: (left, right) -> (right, left ^ f(right)) can be undone for any
+    f, so no two numbers meet. One that lands at n or above goes through again."""
     golden = 0x9E3779B97F4A7C15   # 2^64 / golden ratio: a product with it carries every bit upwards
     bits = (max(n - 1, 1).bit_length() + 1) // 2   # half of those of a number
     while True:
@@ -667,21 +641,19 @@ def shuffled(number, n, keys):
 
 
 class Batches:
-    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks.
+    """Windows of `seq` + 1 tokens: which ones depends on seed and step, never on the number of ranks. Every
+    epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own."""
 
-    Every epoch cuts the data into windows, at edges of its own, and visits each once, in an order of its own.
-    """
-
-    def __init__(self, tokens, config, vocab):
-        self.tokens, self.config, self.vocab = tokens, config, vocab
-        self.windows = (len(tokens) - 1) // config.seq
+    def __init__(self, tokens, c, vocab):
+        self.tokens, self.c, self.vocab = tokens, c, vocab
+        self.windows = (len(tokens) - 1) // c.seq
         need(self.windows > 0, f"--data has {len(tokens)} tokens for training or validation, fewer than one "
-                               f"sequence of --seq {config.seq} + 1: give more data or a shorter --seq")
-        self.load(np.linspace(0, len(tokens) - config.seq - 1, 64))   # a wrong vocabulary shows now
+                               f"sequence of --seq {c.seq} + 1: give more data or a shorter --seq")
+        self.load(np.linspace(0, len(tokens) - c.seq - 1, 64))   # a wrong vocabulary shows now
 
     def load(self, starts, device=torch.device("cpu")):
         """Return inputs, targets (B, seq) int64."""
-        windows = [self.tokens.read(int(start), self.config.seq + 1, self.vocab) for start in starts]
+        windows = [self.tokens.read(int(start), self.c.seq + 1, self.vocab) for start in starts]
         windows = torch.from_numpy(np.stack(windows))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
@@ -690,22 +662,21 @@ class Batches:
     def start(self, number):
         """Return where window `number`, counted through all epochs, starts."""
         epoch, number = divmod(number, self.windows)
-        rng = np.random.default_rng((self.config.seed, epoch))
-        edge = int(rng.integers(len(self.tokens) - self.windows * self.config.seq))
+        rng = np.random.default_rng((self.c.seed, epoch))
+        edge = int(rng.integers(len(self.tokens) - self.windows * self.c.seq))
         keys = rng.integers(1 << 62, size=4).tolist()
-        return edge + self.config.seq * shuffled(number, self.windows, keys)
+        return edge + self.c.seq * shuffled(number, self.windows, keys)
 
     @lru_cache(1)   # so that the loop can read ahead
     def step(self, step, micro, device):
         """Return micro-batch `micro`, counted over all ranks, of a step: the next windows of the epoch."""
-        first = (step * self.config.accum + micro) * self.config.batch
-        return self.load([self.start(first + i) for i in range(self.config.batch)], device)
+        first = (step * self.c.accum + micro) * self.c.batch
+        return self.load([self.start(first + i) for i in range(self.c.batch)], device)
 
     def evaluation(self, i, device):
         """Return micro-batch i of eval_batches: evenly spaced windows, the same at every evaluation."""
-        c = self.config
-        starts = np.linspace(0, len(self.tokens) - c.seq - 1, c.eval_batches * c.batch).astype(np.int64)
-        return self.load(starts[i * c.batch:(i + 1) * c.batch], device)
+        starts = np.linspace(0, len(self.tokens) - self.c.seq - 1, self.c.eval_batches * self.c.batch)
+        return self.load(starts[i * self.c.batch:(i + 1) * self.c.batch], device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -737,11 +708,9 @@ class Ranks:
 
 
 def start_ranks(name):
-    """Return the Ranks of this process, which joins the others if torchrun started it.
-
-    After a restart by torchrun they meet under a name of its own, because its store still has the addresses
-    of the dead. (A restart for a node that joins or leaves is not counted: then start all of them anew.)
-    """
+    """Return the Ranks of this process, which joins the others if torchrun started it. After a restart by
+    torchrun they meet under a name of its own, because its store still has the addresses of the dead. (A
+    restart for a node that joins or leaves is not counted: then start all of them anew.)"""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     need(re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name), f"--device {name} is unknown: use cpu, cuda or cuda:N")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -778,8 +747,7 @@ def gather(thing, group=None):
 
 
 def check_same(thing, what):
-    if any(other != thing for other in gather(thing)):
-        raise RunError(f"the ranks have different {what}")
+    need(all(other == thing for other in gather(thing)), f"the ranks have different {what}", RunError)
 
 
 def data_parallel(model, device):
@@ -806,41 +774,31 @@ def owners(model, world):
 
 
 def drop_weights(run):
-    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape."""
+    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape, and have
+    copies of zeros, which `share` overwrites."""
     need(run.ranks.world <= len(run.owner), f"--shard: {run.ranks.world} ranks are more than the "
          f"{len(run.owner)} parameters to own: use fewer ranks, or leave --shard out")
     for layer in run.model.linears():
         if layer.recipe and not run.mine(layer.weight):
             layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
+            layer.requantize()
 
 
-def share(run, measured):
+def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
-    which each rank makes W^T; embedding, head and norms in BF16 (FP32 on a CPU), as the model uses them.
-
-    All ranks predict scales by the same arithmetic. They exchange those that they measure.
-    """
-    if measured:   # the weights that a rank does not own look like zeros to it
-        all_reduce(run.scales.scale, dist.ReduceOp.MAX)
-    dtype = torch.bfloat16 if run.ranks.device.type == "cuda" else torch.float32
+    which each rank makes W^T; embedding, head and norms in FP32."""
+    all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
     layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
     sent = []
     for p, owner in run.owner.items():
-        if p not in layers:
-            data = p.data.to(dtype)
-        elif layers[p][0].copies:
-            data = layers[p][0].copies[0].data
-        else:
-            data = torch.empty(p.shape, dtype=E4M3.dtype, device=p.device)
-        sent.append((p, data, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
-    for p, data, work in sent:
+        data = layers[p][0].copies[0].data if p in layers else p.data
+        sent.append((p, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
+    for p, work in sent:
         work.wait()
-        if p not in layers and not run.mine(p):
-            p.data.copy_(data)
-        elif not run.mine(p):
+        if p in layers and not run.mine(p):
             layer, i = layers[p]
-            w = Quantized(data, run.scales.views[i].view(1, 1), (ALL, ALL))
-            layer.set_copies((w, Quantized(transpose(data), w.scale, w.block)))
+            w = replace(layer.copies[0], scale=run.scales.views[i].view(-1, 1))
+            layer.set_copies((w, transposed(w)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -856,19 +814,6 @@ def last_good(out):
     return f"{checkpoints(out)[0]} is the last good checkpoint" if checkpoints(out) else "nothing was saved"
 
 
-def own_state(run):
-    """Return copies in the CPU's memory of the weights and moments that this rank writes to checkpoints."""
-    def copy(x):   # zero_ touches memory that is new, which takes longer than copying
-        return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x) if isinstance(x, torch.Tensor) else x
-    kept = [(name, key, x) for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank
-            for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()]
-    own = {name: {} for name, _, _ in kept}
-    with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, and eight 0.8 s
-        for (name, key, _), x in zip(kept, pool.map(copy, (x for _, _, x in kept))):
-            own[name][key] = x
-    return {"parameters": own, "scales": run.scales and run.scales.state_dict()}
-
-
 def attempt(function, *args):
     """Return (what the function returns, None), or (None, what went wrong as text)."""
     try:
@@ -878,46 +823,50 @@ def attempt(function, *args):
 
 
 class Saver:
-    """Write checkpoints in the background, while training goes on. All ranks call its methods together.
-
-    Each rank writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds
-    manifest.json, with their checksums, and renames the folder: a crash leaves a whole checkpoint or none.
-    """
+    """Write checkpoints in the background, while training goes on. All ranks call its methods together. Each
+    writes what it owns to a file in step_00000100.tmp/. When all files are whole, rank 0 adds manifest.json,
+    with their checksums, and renames the folder: a crash leaves a whole checkpoint or none."""
 
     def __init__(self, run, writer):
         self.run, self.out, self.writer, self.last = run, Path(run.c.out), writer, None
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # of the writers
 
     def save(self):
-        """Copy what this rank writes, and begin to write it."""
+        """Copy the weights and moments that this rank writes to the CPU's memory, and begin to write them."""
+        def copy(x):   # zero_ touches memory that is new, which takes longer than copying
+            return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
         self.finish()
         run = self.run
+        with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, eight 0.8 s
+            jobs = {name: {key: pool.submit(copy, x)
+                           for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
+                    for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
+        own = {name: {key: job.result() for key, job in kept.items()} for name, kept in jobs.items()}
+        state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
                    "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
-        self.last = self.writer.submit(self.write, own_state(run), content)
+        self.last = self.writer.submit(self.write, state, content)
 
     def finish(self):
         """Wait until the checkpoint that was begun is whole, or has failed. Return whether it was saved."""
-        try:
-            return self.last is None or self.last.result()
-        except Exception as e:   # a rank that writes on would take answers to one checkpoint for another's
-            reason = f"{type(e).__name__}: {e}".partition("\n")[0]
-            raise RunError(f"another rank is gone ({reason}): go on with --resume") from None
+        done, error = attempt(self.last.result) if self.last else (True, None)
+        # A rank that went on writing would take answers to one checkpoint for another's.
+        need(not error, f"another rank is gone ({error}): go on with --resume", RunError)
+        return done
 
-    def write(self, own, content):
+    def write(self, state, content):
         """Return whether the checkpoint was written. Raise what ends the talk with the other ranks."""
         folder, ranks = self.out / f"step_{content['step']:08}.tmp", self.run.ranks
-        parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", own), self.group)
+        parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", state), self.group)
         error = next((error for _, error in parts if error), None)
-        if not error:   # the rest is rank 0's
-            files = {name: written for part, _ in parts for name, written in part.items()}
-            done = attempt(self.commit, folder, {**content, "files": files}) if ranks.rank == 0 else None
-            _, error = gather(done, self.group)[0]
+        if not error and ranks.rank == 0:
+            files = dict(part for part, _ in parts)
+            _, error = attempt(self.commit, folder, {**content, "files": files})
         if error and ranks.rank == 0:
             ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
                       f"make room in {self.out}; {last_good(self.out)}")
             shutil.rmtree(folder, ignore_errors=True)
-        return not error
+        return not gather(error, self.group)[0]   # rank 0 knows
 
     def commit(self, folder, content):
         """Write the manifest, rename the folder, and remove old ones."""
@@ -931,13 +880,13 @@ class Saver:
             shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
 
 
-def write_file(path, own):
+def write_file(path, state):
     path.parent.mkdir(exist_ok=True)
     torch.serialization.set_crc32_options(False)   # the CRC of the whole file is enough
-    torch.save(own, path)
+    torch.save(state, path)
     with open(path) as f:
         os.fsync(f.fileno())
-    return {path.name: size_and_crc(path)}
+    return path.name, size_and_crc(path)
 
 
 def size_and_crc(path):
@@ -949,13 +898,11 @@ def read_manifest(path, ranks):
     """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
-    if zlib.crc32(json.dumps(content).encode()) != manifest["checksum"]:
-        raise ValueError("the checksum of its manifest is wrong")
-    if content["step"] != int(path.name[5:]):
-        raise ValueError(f"it was written as that of step {content['step']}")
-    for i, (name, written) in enumerate(content["files"].items()):
-        if i % ranks.world == ranks.rank and size_and_crc(path / name) != written:
-            raise ValueError(f"{name} is not what was written")
+    checksum = zlib.crc32(json.dumps(content).encode())
+    need(checksum == manifest["checksum"], "the checksum of its manifest is wrong", ValueError)
+    need(content["step"] == int(path.name[5:]), f"it is of step {content['step']}", ValueError)
+    for name, written in list(content["files"].items())[ranks.rank::ranks.world]:
+        need(size_and_crc(path / name) == written, f"{name} is not what was written", ValueError)
     return {**content, "path": path}
 
 
@@ -975,26 +922,18 @@ def newest_checkpoint(out, ranks):
 @torch.no_grad()
 def restore(run, saved):
     """Restore weights and scales; to go on training, Adam's moments too. All by name, and bit for bit.
-
-    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows.
-    """
+    Scales are measured if the recipe is another one now, or if a weight exceeds what its scale allows."""
     for name, value in asdict(run.model.config).items():
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value,
-             f"{saved['path']} holds a model with {name} = {was}, not {value}: "
-             f"use the --model, --layers and --data of that run")
-    parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
-             for name in saved["files"]]
+             f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
+    parts = [torch.load(saved["path"] / name, map_location="cpu", mmap=True) for name in saved["files"]]
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
-    group_of = {p: group for group in run.optimizer.param_groups for p in group["params"]}
     for name, p in run.model.named_parameters():
-        weight = kept[name].pop("weight")
         if run.mine(p):
-            p.copy_(weight)
-        for key, value in kept[name].items() if run.c.resume and p in group_of else ():
-            # A step count lies on the CPU, but for PyTorch's fused AdamW.
-            device = p.device if key != "step" or group_of[p].get("fused") else "cpu"
-            run.optimizer.state[p][key] = value.to(device, copy=True)
+            p.copy_(kept[name].pop("weight"))
+            if run.c.resume:
+                run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept[name].items()}
     if run.c.resume:
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
@@ -1018,13 +957,11 @@ def lock(out, files):
 
 
 def read_log(path):
-    """Return (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
-    pairs = []
+    """Yield (line, record) for the whole lines of a log. The record is {} for what a user wrote."""
     for line in path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else ():
         record, _ = attempt(json.loads, line)
         ours = isinstance(record, dict) and isinstance(record.get("step"), int)
-        pairs.append((line + "\n", record if ours else {}))
-    return pairs
+        yield line + "\n", record if ours else {}
 
 
 def move_aside(path):
@@ -1036,13 +973,11 @@ def move_aside(path):
 @contextmanager
 def run_folder(c, ranks, step):
     """Hold --out for this run alone, and yield log(record), which adds to log.jsonl and to tensorboard.
-
-    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`.
-    """
+    An earlier run is moved aside, or cut down to what it had done at the checkpoint of `step`."""
     if ranks.rank:
         yield lambda record: None
         return
-    out, board = Path(os.path.realpath(c.out)), None   # behind a link as well, a run is renamed where it lies
+    out = Path(c.out).resolve()   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
         if c.tensorboard:
@@ -1050,7 +985,6 @@ def run_folder(c, ranks, step):
                          f"or needs pip install tensorboard"):
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
                 from torch.utils.tensorboard import SummaryWriter
-                board = files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         with blaming(f"--out {c.out} cannot be written, choose another folder"):
             lock(out, files)
             if (not c.resume or step == 0) and (path.exists() or checkpoints(out)):
@@ -1064,6 +998,7 @@ def run_folder(c, ranks, step):
             before = [line for line, record in read_log(path) if record.get("step", 0) <= step]
             path.with_suffix(".tmp").write_bytes("".join(before).encode())
             path.with_suffix(".tmp").replace(path)
+        board = c.tensorboard and files.enter_context(SummaryWriter(c.tensorboard, purge_step=step + 1))
         about = {"command": shlex.join(sys.argv), "config": asdict(c), "python": sys.version.split()[0],
                  "torch": torch.__version__, "triton": HAS_TRITON and sys.modules["triton"].__version__,
                  "hardware": f"{ranks.world} x {device_name(ranks.device)}, {os.cpu_count()} CPU cores"}
@@ -1089,17 +1024,15 @@ def run_folder(c, ranks, step):
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
 def report(c):
-    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing.
-
-    Several recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients
-    against that of the first, ||g - g_first|| / ||g_first||.
-    """
+    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing. Several recipes
+    in --fp8 are compared at the same weights: their losses, and the error of their gradients against that of
+    the first, ||g - g_first|| / ||g_first||."""
     ranks, saved = start(c)
     recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 or ranks.world == 1, "--eval_only of several recipes: run it without torchrun")
     for fp8 in recipes:
         run = build(replace(c, fp8=fp8), ranks, saved)
-        if c.sample is not None:
+        if c.sample:
             return ranks.say(sample(run, c.sample))
         loss = evaluate(run, gradient=len(recipes) > 1)
         line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
@@ -1113,9 +1046,10 @@ def report(c):
         gc.collect()   # a compiled model refers to itself: the next one needs its memory
 
 
-def plot_runs(folders, path):
-    """Draw training losses as lines, validation losses as dots, of the runs in these folders."""
-    with picture(path, yscale="log", xlabel="step", ylabel="loss, nats per token; dots: validation") as axes:
+def plot_runs(c):
+    """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c."""
+    folders = [Path(folder) for folder in c.out.split(",")]
+    with picture(c.plot, yscale="log", xlabel="step", ylabel="loss, nats/token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
@@ -1128,16 +1062,14 @@ def plot_runs(folders, path):
 
 
 def bench(c):
-    """Time the recipes one after another on random tokens. Return {name: its row of the table}.
-
-    Medians: forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the
-    first and one of the second, `x none` the first alone. `kept`: what forward leaves for backward.
-    """
+    """Time the recipes one after another on random tokens. Return {name: its row of the table}. Medians:
+    forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the first and
+    one of the second, `x none` the first alone. `kept`: what forward leaves for backward."""
     ranks, _ = start(c)
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
           f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")
-    wait, memory = (torch.cuda.synchronize, torch.cuda.memory_allocated) if gpu else (lambda: None, lambda: 0)
+    wait, memory = torch.get_device_module(device).synchronize, torch.cuda.memory_allocated   # 0 on a CPU
     for fp8 in c.fp8.split(","):
         run, times = build(replace(c, fp8=fp8), ranks), []
         inputs, targets = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
@@ -1145,18 +1077,17 @@ def bench(c):
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            times.append([time.perf_counter()])
-            before = memory()
+            before, begin = memory(), time.perf_counter()
             loss = run.model(inputs, targets)
             kept = memory() - before
             loss.backward()
             wait()
-            times[-1].append(time.perf_counter())
+            middle = time.perf_counter()
             update_weights(run, c.lr, step + 1)
             wait()
-            times[-1].append(time.perf_counter())
+            times.append((middle - begin, time.perf_counter() - middle))
             run.optimizer.zero_grad()
-        first, second = (1e3 * statistics.median(t[i + 1] - t[i] for t in times[3:]) for i in (0, 1))
+        first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * first + second)
         rows[fp8] = row = {"fwd+bwd ms": first, "optimizer ms": second, "tokens/s": speed,
                            **mfu(run.model, speed, device)}
@@ -1174,22 +1105,14 @@ def bench(c):
 def main(argv=None):
     """Run the command line. Return the exit code."""
     try:
-        config = parse_config(argv)
-        if config.plot:
-            plot_runs([Path(folder) for folder in config.out.split(",")], config.plot)
-        elif config.bench:
-            bench(config)
-        elif config.eval_only or config.sample is not None:
-            report(config)
-        else:
-            train(config)
+        c = parse_config(argv)
+        action = plot_runs if c.plot else bench if c.bench else report if c.eval_only or c.sample else train
+        action(c)
         return 0
     except KeyboardInterrupt:
         code, message = 0, "stopped by a signal before the first step"
-    except UserError as e:
-        code, message = 2, f"error: {e}"
-    except (RunError, OSError) as e:
-        code, message = 1, f"error: {e}"
+    except (UserError, RunError, OSError) as e:
+        code, message = 2 if isinstance(e, UserError) else 1, f"error: {e}"
     except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
         if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):

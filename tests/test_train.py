@@ -464,14 +464,14 @@ def as_two_ranks_would(run, step):
     losses, sent, ranks = [], [], run.ranks
     for rank in (0, 1):
         run.ranks = train.Ranks(rank, 2, ranks.device)
-        loss, batch = forward_backward(run, step)
+        loss, loads, batch = forward_backward(run, step)
         losses.append(loss)
         sent.append([p.grad.bfloat16() / 2 for p in run.model.parameters()])
         run.model.zero_grad()
     for p, first, second in zip(run.model.parameters(), *sent):
         p.grad = (first + second).float()
     run.ranks = ranks
-    return sum(losses), batch
+    return sum(losses), loads, batch
 
 if "RANK" not in os.environ:
     train.forward_backward = as_two_ranks_would
