@@ -317,23 +317,28 @@ def test_all_recipes_see_the_same_batches_from_the_same_weights_and_another_seed
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_copies_that_an_update_leaves_are_current_whoever_writes_them(fused, tiny, monkeypatch):
+@pytest.mark.parametrize("fused, down", [(False, {}), (True, {}), (False, {"frozen": True}),
+                                         (False, {"recipe": RECIPES["group"]})], ids=str)
+def test_the_copies_that_an_update_leaves_are_current_whoever_writes_them(fused, down, tiny, monkeypatch):
+    """Those of a frozen weight, whose scale grows like the others', and of a layer with another recipe, too."""
     monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: True)
     by_kernel = []
     before_call(monkeypatch, autoscale, "adamw_triton", lambda *_: by_kernel.append(1))
+    on_model(monkeypatch, lambda net: vars(net.blocks[0].down).update(down) or (
+        net.blocks[0].down.weight.requires_grad_("frozen" not in down)))
 
     def check(run, *_):
         for group in run.optimizer.param_groups:
             group["fused"] = fused   # as a GPU's are
         for layer, scale in zip(run.model.linears(), run.scales.scale.view(-1, 1, 1), strict=True):
+            scale = scale if layer.recipe.weight_scale == "predicted" else None
             expected = quantize_weight(layer.weight.detach(), layer.recipe, scale)
             for copied, wanted in zip((layer.w, layer.w_t), expected):   # which raise if they are not current
                 assert same(copied.data.view(torch.uint8), wanted.data.view(torch.uint8))
                 assert same(copied.scale, wanted.scale)
     before_call(monkeypatch, train, "update_weights", check)
     run(tiny(f"--fp8 moss --device {DEVICE} --steps 5 --rescale_interval 2"))   # two steps measure scales
-    assert len(by_kernel) == 5 * LAYERS
+    assert len(by_kernel) == 5 * (LAYERS - len(down))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -372,6 +377,28 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, recipe, ti
     one, two = ([[r.get(key) for key in ("step", "scale_ratio", "scale_ratio_min")] for r in read_log(folder)]
                 for folder in (tmp_path / "one", tmp_path / "two"))
     assert one == two and [step for step, *_ in two] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
+def test_experts_train_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(recipe, tiny, tmp_path):
+    command = f"--model nano-moe --fp8 {recipe} --accum 2 --eval_batches 2 --rescale_interval 3 --clip 1e30"
+    train_on(1, tiny(command, "one"))
+    for ranks in (2, 1):
+        train_on(ranks, tiny(command, f"by {ranks}"), stop_at=1 if ranks == 2 else 2)
+        train_on(ranks, go_on(tmp_path / f"by {ranks}"))
+        assert same_state(tmp_path / "one", tmp_path / f"by {ranks}", STATE[:2])
+    bias = weights(tmp_path / "one")["blocks.0.router.bias"]
+    assert 0 < bias.abs().max() <= 8e-3 and read_log(tmp_path / "one")[-1]["load"] > 1   # of 4 steps by 1e-3
+
+
+def test_a_skipped_step_and_more_evaluations_move_no_bias_of_a_router(tiny, tmp_path, monkeypatch):
+    run(tiny("--model nano-moe --fp8 moss --eval_every 1 --log_every 1", "often"))
+    run(tiny("--model nano-moe --fp8 moss --eval_every 4 --log_every 4 --recompute block", "seldom"))
+    assert same(weights(tmp_path / "often"), weights(tmp_path / "seldom"))
+    poison(monkeypatch, {0, 1, 2})
+    run(tiny("--model nano-moe --fp8 moss", "skipped"))
+    bias = weights(tmp_path / "skipped")["blocks.0.router.bias"]
+    assert 0 < bias.abs().max() <= 2e-3   # one step
 
 
 @pytest.mark.parametrize("writers, shard", [(1, ""), (2, " --shard"), (3, "")])
@@ -1258,6 +1285,8 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
                 raise OSError(errno.ENOSPC, "No space left on device")
             drawn.append((step, key))
         purged.append(purge_step)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"events {len(purged)}").touch()
         yield SimpleNamespace(add_scalar=add_scalar)
         closed.append(folder)   # or the last numbers are lost
     monkeypatch.setitem(sys.modules, "tensorboard", torch)
@@ -1267,6 +1296,8 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
     assert [step for step, key in drawn if key == "loss"] == [1, 2, 3] and purged == [1, 4]
     assert closed == [f"{out}/board"] * 2 and [record["step"] for record in read_log(out)] == [1, 2, 3, 4]
     assert "warning: step 4 is not in --tensorboard (OSError: [Errno 28]" in printed
+    run(tiny(f"--fp8 none --tensorboard {out}/board"))   # whose events do not go to the run before it
+    assert len(list((out / "board").iterdir())) == 1 and len(list(Path(f"{out}.1/board").iterdir())) == 2
 
 
 FULL = "/dev/full" if os.path.exists("/dev/full") else os.devnull
