@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
-from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, cdiv,
+from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, block_amax, cdiv,
                         kernels_run_on, quantize, quantize_reference, transpose, transposed)
 
 if HAS_TRITON:
@@ -42,9 +42,10 @@ if HAS_TRITON:
 # ---------------------------------------------------------------------------------------------------
 # The product
 
-def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float32):
+def matmul_reference(a, b, out_dtype=torch.float32, add=None, dtype=torch.float32, groups=None, way="fprop"):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N): dequantize both to `dtype`, multiply, add `add`."""
-    product = a.dequantize(dtype) @ b.dequantize(dtype).t()
+    a, b = a.dequantize(dtype), b.dequantize(dtype)
+    product = grouped_reference(a, b, groups, way) if groups else a @ b.t()
     return (product if add is None else product + add.detach().float()).to(out_dtype)
 
 
@@ -58,26 +59,20 @@ class Groups:
     count = property(lambda self: len(self.first) - 1)
 
 
-def grouped_reference(a, b, groups, way, out_dtype=torch.float32, add=None, dtype=torch.float32):
-    """Multiply each group of rows by a matrix of its own. Quantized a and b are those of the `way`:
+def grouped_reference(a, b, groups, way):
+    """Multiply each group of rows by a matrix of its own. Rows of no group give zeros.
 
         fprop   Y (R, N)    = X (R, K) W_e(N, K)^T       b: W (E N, K), the matrices one below the other
         dgrad   dX (R, K)   = dY (R, N) W_e^T(K, N)^T    b: W^T (K, E N), side by side
         wgrad   dW (E N, K) = dY^T(N, R) X^T(K, R)^T     each sum over the rows of one group
     """
-    first, E, x, y = groups.first.tolist(), groups.count, a.dequantize(dtype), b.dequantize(dtype)
-    product = x.new_zeros(product_shape(a, b, E, way))
-    for e, rows in enumerate(map(slice, first, first[1:])):
-        if way == "wgrad":
-            product.chunk(E)[e].copy_(x[:, rows] @ y[:, rows].t())
-        else:
-            product[rows] = x[rows] @ y.chunk(E, dim=0 if way == "fprop" else 1)[e].t()
-    return (product if add is None else product + add.detach().float()).to(out_dtype)
-
-
-def product_shape(a, b, E=1, way="fprop"):
-    M, N = len(a.data), len(b.data)
-    return {"fprop": (M, N // E), "dgrad": (M, N), "wgrad": (M * E, N)}[way]
+    first = groups.first.tolist()
+    rows = map(slice, first, first[1:])
+    if way == "wgrad":
+        return torch.cat([a[:, r] @ b[:, r].t() for r in rows])
+    matrices = b.chunk(groups.count, dim=0 if way == "fprop" else 1)
+    product = torch.cat([a[r] @ matrix.t() for r, matrix in zip(rows, matrices)])
+    return F.pad(product, (0, 0, 0, len(a) - len(product)))
 
 
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, groups=None, way="fprop"):
@@ -94,9 +89,8 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, gr
     tensor_cores = kernels_run_on(a.data.device)
     if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b, groups):
         return matmul_triton(a, b, out_dtype, promote, add, out, groups, way)
-    reference = partial(grouped_reference, groups=groups, way=way) if groups else matmul_reference
-    product = reference(a, b, out_dtype=out_dtype if out is None else out.dtype, add=add,
-                        dtype=torch.bfloat16 if tensor_cores else torch.float32)
+    dtype = torch.bfloat16 if tensor_cores else torch.float32
+    product = matmul_reference(a, b, out_dtype if out is None else out.dtype, add, dtype, groups, way)
     return product if out is None else out.copy_(product)
 
 
@@ -108,14 +102,18 @@ def kernel_can_multiply(a, b, groups=None):
     return fp8 and bool(after or inside and not groups)
 
 
-def check_product(a, b, out_dtype, add, out, groups=None, way="fprop"):
+def product_shape(a, b, groups, way):
+    """Return M, N and K of a product, and K of b, which has to be the same."""
+    (M, K), (N, K_b), E = a.data.shape, b.data.shape, groups.count if groups else 1
+    return {"fprop": (M, N // E, K, K_b), "dgrad": (M, N, K, K_b // E), "wgrad": (M * E, N, K, K_b)}[way]
+
+
+def check_product(a, b, out_dtype, add, out, groups, way):
     """Raise ValueError for what the kernel cannot multiply, on every device: what runs on one runs on all."""
-    E, (K, K_b) = groups.count if groups else 1, (a.data.shape[1], b.data.shape[1])
-    (M, N), K_b = product_shape(a, b, E, way), K_b // E if way == "dgrad" else K_b
-    rows, outputs = (K, len(a.data)) if way == "wgrad" else (M, 128)
-    if groups and (rows != 128 * len(groups.of_tile) or outputs % 128):
-        raise ValueError(f"FP8 {way} of {rows} rows and {outputs} outputs in groups that have "
-                         f"{128 * len(groups.of_tile)} rows: these must agree, and outputs divide by 128")
+    M, N, K, K_b = product_shape(a, b, groups, way)
+    if groups and (128 * len(groups.of_tile) != (K if way == "wgrad" else M) or len(a.data) % 128):
+        raise ValueError(f"FP8 {way} of A {tuple(a.data.shape)} in groups that have "
+                         f"{128 * len(groups.of_tile)} rows: tokens must agree, outputs divide by 128")
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
                          f"with zeros (K is the summed axis, in wgrad the tokens)")
@@ -152,8 +150,8 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, recipe):
-        x_q, x_for_wgrad = quantize_for_both_sums(x, E4M3, recipe)
-        ctx.save_for_backward(x_for_wgrad.data, x_for_wgrad.scale)
+        x_q, x_t = quantize_for_both_sums(x, E4M3, recipe)
+        ctx.save_for_backward(x_t.data, x_t.scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
         return matmul(x_q, w, x.dtype)   # not promoted: "Why promote" below
 
@@ -161,13 +159,12 @@ class FP8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
-        x_for_wgrad = Quantized(*ctx.saved_tensors, recipe.act_block)
-        dy_q, dy_for_wgrad = quantize_for_both_sums(dy, fmt, recipe)
+        x_t = Quantized(*ctx.saved_tensors, recipe.act_block)
+        dy_q, dy_t = quantize_for_both_sums(dy, fmt, recipe)
         if recipe.act_block == (1, ALL):   # not transposed yet
-            dy_for_wgrad, x_for_wgrad = transpose_for_wgrad(dy_for_wgrad, x_for_wgrad)
+            dy_t, x_t = transpose_for_wgrad(dy_t, x_t)
         dx = matmul(dy_q, ctx.w_t, dy.dtype, promote=True) if ctx.needs_input_grad[0] else None
-        dw = (matmul(dy_for_wgrad, x_for_wgrad, ctx.weight_dtype, promote=True)
-              if ctx.needs_input_grad[1] else None)
+        dw = matmul(dy_t, x_t, ctx.weight_dtype, promote=True) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
 
 
@@ -175,10 +172,10 @@ def quantize_for_both_sums(x, fmt, recipe):
     """Quantize x (T, C) for the product that sums over C, and x^T for wgrad, which sums over T. With a scale
     per token the second is x again: `transpose_for_wgrad` transposes it when it knows both scales."""
     q = quantize(x, fmt, recipe.act_block, recipe.rule)
-    if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
-        return q, Quantized(transpose(q.data), q.scale, q.block)
     if recipe.act_block == (1, ALL):
         return q, q
+    if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
+        return q, transposed(q)
     return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # of the unquantized x: rounded once
 
 
@@ -198,17 +195,14 @@ def wgrad_factor(dy, x, groups=None):
     if groups:
         row = torch.arange(len(scale), device=scale.device)[:, None]
         scale = torch.where(row < groups.first[-1], scale, 0)
-    largest = scale.amax() if scale.numel() else scale.new_zeros(())
-    common = largest.clamp(min=MIN_SCALE).view(1, 1)
+    common = block_amax(scale, (ALL, ALL)).clamp(min=MIN_SCALE)   # (1, 1)
     return scale / common, common
 
 
 def transpose_for_wgrad(dy, x, groups=None):
     """Transpose Quantized dY (T, N), X (T, K), a scale per token -> dY^T (N, T), X^T (K, T), one scale each.
-
     `wgrad_factor` is multiplied into dY^T. For powers of two this is exact while the result is normal: only
-    numbers of about 2^-14 of the largest possible, or less, lose bits. X^T is X transposed, unchanged.
-    """
+    numbers of about 2^-14 of the largest possible, or less, lose bits. X^T is X transposed, unchanged."""
     factor, common = wgrad_factor(dy, x, groups)
     dy_t = Quantized(transpose(dy.data, factor), common, (ALL, ALL))
     return dy_t, Quantized(transpose(x.data), torch.ones_like(common), (ALL, ALL))
@@ -223,9 +217,9 @@ def transpose_for_wgrad(dy, x, groups=None):
 #
 # wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. Gradients of one sign, as from the mean
 # of an input, would lose a part of themselves at every step, and nothing adapts to that. fprop sums over d or
-# ffn inputs. Its error makes the model a slightly different function, the same at every step, and weights
-# adapt to that. Promoting fprop takes 5% more of its time. Gradients at the same weights are then 6.3% off
-# BF16's, in place of 13.6%, but the loss changes by less than 0.1%, and training at `1b` ended no lower.
+# ffn inputs. Its error makes the model a slightly different function, the same at every step: weights adapt.
+# Promoted, fprop takes 5% more time. Gradients at the same weights are then 6.3% off BF16's, not 13.6%,
+# but the loss changes by less than 0.1%, and training at `1b` ended no lower.
 
 def tensor_core_sum(a, b, promote_every=None):
     """Multiply Quantized a (M, K), b (N, K) in E4M3, summing as an H200's tensor cores do, bit for bit.
@@ -258,74 +252,62 @@ if HAS_TRITON:
     @triton.jit
     def halves(x):
         """Split (M, N) into its left and right half. A thread holds columns n and n + N/2: nothing moves."""
-        M: tl.constexpr = x.shape[0]
-        N: tl.constexpr = x.shape[1]
-        return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+        x = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+        return tl.split(tl.permute(x, (0, 2, 1)))
 
     @triton.jit
     def low(pair):
-        """Unpack column n of pair (M, N/2) int32: BF16 of n in the low bits and of n + N/2 in the high."""
+        """Unpack column n of pair (M, N/2) int32: BF16 of n in the low 16 bits, of n + N/2 in the high."""
         return (pair << 16).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def high(pair):
-        return (pair & -65536).to(tl.float32, bitcast=True)
-
-    @triton.jit
     def promote(acc, pair):
-        """Move the upper 16 bits of a sum, acc (M, N) float32, to `pair` (M, N/2) int32; the lower 16 stay.
-
-        A second float32 accumulator of 128 x 256 would take the other half of all registers and leave none to
-        work with. The upper half of a float32 is a BF16 number, and two of them fit into a register. The
-        lower 16 bits stay in the running sum: nothing is lost, and the sum is small again.
-        """
-        M: tl.constexpr = acc.shape[0]
-        N: tl.constexpr = acc.shape[1]
+        """Move the upper 16 bits of a sum, acc (M, N) float32, to `pair` (M, N/2) int32. The lower 16 stay in
+        acc: nothing is lost, and the sum is small again. A second float32 accumulator of 128 x 256 would take
+        the other half of all registers and leave none to work with. The upper half of a float32 is a BF16
+        number, and two of them fit into a register."""
         left, right = halves(acc)
         left += low(pair)
-        right += high(pair)
+        right += low(pair >> 16)
         pair = ((left.to(tl.int32, bitcast=True) >> 16) & 65535) | (right.to(tl.int32, bitcast=True) & -65536)
-        rest = tl.join(left - low(pair), right - high(pair))                             # (M, N/2, 2)
-        return tl.reshape(tl.permute(rest, (0, 2, 1)), (M, N)), pair
+        rest = tl.join(left - low(pair), right - low(pair >> 16))                         # (M, N/2, 2)
+        return tl.reshape(tl.permute(rest, (0, 2, 1)), acc.shape), pair
 
     @triton.jit
-    def store_tile(tile, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD: tl.constexpr, TMA_STORE: tl.constexpr):
+    def store_tile(tile, c_desc, c_ptr, add_ptr, m0, n0, M, N):
         m = m0 + tl.arange(0, tile.shape[0])
         n = n0 + tl.arange(0, tile.shape[1])
         at = m.to(tl.int64)[:, None] * N + n[None, :]
         inside = (m < M)[:, None] & (n < N)[None, :]
-        if ADD:
+        if add_ptr is not None:
             tile += tl.load(add_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if TMA_STORE:
+        if c_desc is not None:
             c_desc.store([m0, n0], tile.to(c_ptr.dtype.element_ty))
         else:
             tl.store(c_ptr + at, tile.to(c_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _gemm_kernel(a_desc, b_desc, c_desc, c_ptr, add_ptr, a_scale_ptr, b_scale_ptr, M, N, K,
+                     first_ptr, of_tile_ptr, GROUPS: tl.constexpr, WAY: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PROGRAMS: tl.constexpr, IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr,
-                     A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, ADD: tl.constexpr,
-                     TMA_STORE: tl.constexpr, QUARTERS: tl.constexpr, FLATTEN: tl.constexpr,
-                     first_ptr=None, of_tile_ptr=None, GROUPS: tl.constexpr = 0, WAY: tl.constexpr = "fprop"):
-        """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ ADD]. PROGRAMS programs share its tiles.
+                     A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, PARTS: tl.constexpr):
+        """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ add]. PROGRAMS programs share its tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product. Otherwise
                     they are applied once, at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
         PROMOTE     0: the tensor core keeps the sum; p: the sum is promoted every p x BLOCK_K of K.
-        FLATTEN     one loop over tiles and K together: the next tile is fetched while this one is written.
-        TMA_STORE   the tensor memory accelerator writes the tile. It needs rows at multiples of 16 bytes.
-        QUARTERS    the tile leaves through shared memory in quarters, not halves: they fit beside A and B.
+        PARTS       the tile leaves through shared memory in halves or quarters, which fit beside A and B.
         GROUPS      > 0: so many groups of rows, as in `grouped_reference`; WAY is fprop, dgrad or wgrad.
-        Loads past the edge of A or B give zeros, which add nothing.
+        The tensor memory accelerator (TMA) loads A and B: past their edges zeros, which add nothing.
         """
         GROUP_M: tl.constexpr = 12  # walk tiles in columns of 12: the 132 SMs share 12 of A and 11 of B in L2
-        rows = M
-        if GROUPS and WAY != "wgrad":
-            rows = tl.load(first_ptr + GROUPS)   # the others have no group, and their outputs no meaning
+        # rows at the end have no group, and their outputs no meaning
+        rows = tl.load(first_ptr + GROUPS) if GROUPS and WAY != "wgrad" else M
         tiles_m = tl.cdiv(rows, BLOCK_M)
         tiles_n = tl.cdiv(N, BLOCK_N)
         k_tiles = tl.cdiv(K, BLOCK_K)
+        FLATTEN: tl.constexpr = not PROMOTE and not IN_LOOP   # fetch the next tile while this one is written
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
             group_m = min(tiles_m - first_m, GROUP_M)
@@ -334,23 +316,21 @@ if HAS_TRITON:
             m = m0 + tl.arange(0, BLOCK_M)
             n = n0 + tl.arange(0, BLOCK_N)
             a_row, b_row, a_col, b_col, group = m0, n0, 0, 0, 0   # where the operands of this tile begin
-            if GROUPS:
-                if WAY == "wgrad":
-                    group = m0 // (M // GROUPS)
-                    a_row = m0 % (M // GROUPS)
-                    a_col = tl.load(first_ptr + group)
-                    b_col = a_col
-                    k_tiles = (tl.load(first_ptr + group + 1) - a_col) // BLOCK_K
+            if GROUPS and WAY == "wgrad":
+                group = m0 // (M // GROUPS)
+                a_row = m0 % (M // GROUPS)
+                a_col = tl.load(first_ptr + group)
+                b_col = a_col
+                k_tiles = (tl.load(first_ptr + group + 1) - a_col) // BLOCK_K
+            elif GROUPS:
+                group = tl.load(of_tile_ptr + m0 // 128)
+                if WAY == "fprop":
+                    b_row += group * N
                 else:
-                    group = tl.load(of_tile_ptr + m0 // 128)
-                    if WAY == "fprop":
-                        b_row += group * N
-                    else:
-                        b_col = group * K
+                    b_col = group * K
 
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            if PROMOTE:
-                pair = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.int32)
+            pair = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.int32)
             for k in range(k_tiles):
                 a = a_desc.load([a_row, a_col + k * BLOCK_K])
                 b = b_desc.load([b_row, b_col + k * BLOCK_K])
@@ -365,37 +345,27 @@ if HAS_TRITON:
                             b_scale_row + n // B_ROWS, mask=n < N, other=0.0))
                 else:
                     acc = tl.dot(a, b.T, acc)
-                    if PROMOTE:
-                        if (k + 1) % PROMOTE == 0 and k + 1 < k_tiles:
-                            acc, pair = promote(acc, pair)
+                    if PROMOTE and (k + 1) % PROMOTE == 0 and k + 1 < k_tiles:
+                        acc, pair = promote(acc, pair)
 
             left, right = halves(acc)
             if PROMOTE:
                 left += low(pair)
-                right += high(pair)
+                right += low(pair >> 16)
             if not IN_LOOP:
                 scale = tl.load(a_scale_ptr + m * A_PER_ROW, mask=m < M, other=0.0)
                 scale *= tl.load(b_scale_ptr + (group if WAY != "wgrad" else 0))
                 left *= scale[:, None]
                 right *= scale[:, None]
-            if QUARTERS:
-                W: tl.constexpr = BLOCK_N // 4
-                first, second = halves(left)
-                third, fourth = halves(right)
-                store_tile(first, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD, TMA_STORE)
-                store_tile(second, c_desc, c_ptr, add_ptr, m0, n0 + W, M, N, ADD, TMA_STORE)
-                store_tile(third, c_desc, c_ptr, add_ptr, m0, n0 + 2 * W, M, N, ADD, TMA_STORE)
-                store_tile(fourth, c_desc, c_ptr, add_ptr, m0, n0 + 3 * W, M, N, ADD, TMA_STORE)
-            else:
-                store_tile(left, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADD, TMA_STORE)
-                store_tile(right, c_desc, c_ptr, add_ptr, m0, n0 + BLOCK_N // 2, M, N, ADD, TMA_STORE)
+            tiles = halves(left) + halves(right) if PARTS == 4 else (left, right)
+            store_tile(tiles[0], c_desc, c_ptr, add_ptr, m0, n0, M, N)
+            for i in tl.static_range(1, PARTS):
+                store_tile(tiles[i], c_desc, c_ptr, add_ptr, m0, n0 + i * (BLOCK_N // PARTS), M, N)
 
     def tile_shape(M, N, sms, in_loop=False, hopper=True):
         """Return (BLOCK_M, BLOCK_N, warps, stages, programs per SM): the largest tile that occupies all SMs.
-
         Chosen on an H200. With scales in the loop: small tiles and three programs to an SM, so that tensor
-        cores work for one while another scales. Newer GPUs: small tiles, which fit into any shared memory.
-        """
+        cores work for one while another scales. Newer GPUs: small tiles, which fit into any shared memory."""
         if in_loop:
             return 64, 128, 4, 3, 3
         for shape in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4)) if hopper else ((64, 128, 4, 2),):
@@ -414,26 +384,22 @@ if HAS_TRITON:
     def matmul_triton(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, groups=None,
                       way="fprop"):
         """Multiply as `matmul`, which has checked that it can."""
-        E, in_loop = groups.count if groups else 0, a.block[1] != ALL
-        (M, N), K = product_shape(a, b, E or 1, way), a.data.shape[1]
+        (M, N, K, _), in_loop = product_shape(a, b, groups, way), a.block[1] != ALL
         sms, hopper = sms_and_hopper(a.data.device)
         BLOCK_M, BLOCK_N, warps, stages, programs = tile_shape(M, N, sms, in_loop, hopper)
         BLOCK_K = a.block[1] if in_loop else 128
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
         parts = 4 if BLOCK_N == 256 and (c.element_size() > 2 or add is not None) else 2
-        tma_store = N * c.element_size() % 16 == 0 and c.data_ptr() % 16 == 0
-        # in the loop, the scales of one step along K lie side by side
+        tma_store = N * c.element_size() % 16 == 0 and c.data_ptr() % 16 == 0   # or TMA cannot write C
+        grouped = (groups.first, groups.of_tile, groups.count) if groups else (None, None, 0)
         scales = [(s.float().t() if in_loop else s.float()).contiguous() for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),
             TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // parts]) if tma_store else None,
-            c, add, *scales, M, N, K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            PROGRAMS=sms * programs, IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0,
-            A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1), ADD=add is not None,
-            TMA_STORE=tma_store, QUARTERS=parts == 4, FLATTEN=not promote and not in_loop, GROUPS=E, WAY=way,
-            first_ptr=groups.first if groups else None, of_tile_ptr=groups.of_tile if groups else None,
-            num_warps=warps, num_stages=stages)
+            c, add, *scales, M, N, K, *grouped, way, BLOCK_M, BLOCK_N, BLOCK_K, PROGRAMS=sms * programs,
+            IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0, A_PER_ROW=int(a.block[0] == 1),
+            B_ROWS=max(b.block[0], 1), PARTS=parts, num_warps=warps, num_stages=stages)
         return c
 
 
@@ -486,10 +452,9 @@ def measure(M, N, K, fprop):
 
 def times(ways):
     """Return {way: median ms} of functions on the GPU."""
-    from triton.testing import do_bench
     ms = {way: [] for way in ways}
     for way in [*ways, *reversed(ways), *ways]:   # a busy GPU slows down
-        ms[way].append(do_bench(ways[way], warmup=60, rep=60, return_mode="median"))
+        ms[way].append(triton.testing.do_bench(ways[way], warmup=60, rep=60, return_mode="median"))
     return {way: statistics.median(ms[way]) for way in ways}
 
 
@@ -513,39 +478,38 @@ def show_products(T=16384, d=4096, ffn=11008):
 
 
 def grouped_ways(R, E, K, N):
-    """Return {product: {way: function}} for E equal groups of R random rows: PyTorch's product in BF16, its own
-    in FP8, and ours as it trains, which adds wgrad to an FP32 sum."""
+    """Yield (product, {way: function}) of E equal groups of R random rows: in BF16 and in FP8 by PyTorch, and
+    ours as it trains, which adds wgrad to an FP32 sum."""
     first = torch.arange(0, R + 1, R // E, device="cuda", dtype=torch.int32)
-    groups, offs = Groups(first, first[:-1].repeat_interleave(R // E // 128) // (R // E)), first[1:]
-    x, dy, w = (torch.randn(n, C, device="cuda", dtype=torch.bfloat16) for n, C in ((R, K), (R, N), (E * N, K)))
+    groups = Groups(first, torch.arange(0, R, 128, device="cuda", dtype=torch.int32) // (R // E))
+    x, dy, w = (torch.randn(n, C, device="cuda").bfloat16() for n, C in ((R, K), (R, N), (E * N, K)))
     x_q, dy_q = (quantize(z, E4M3, (1, ALL)) for z in (x, dy))
-    w_q, grad = quantize(w, E4M3, scale=torch.full((E, 1), 0.01, device="cuda")), torch.zeros_like(w).float()
-    (dy_t, x_t), w_t, w = transpose_for_wgrad(dy_q, x_q, groups), transposed(w_q), w.view(E, N, K)
-    w8_t = w_t.data.view(K, E, N).transpose(0, 1).contiguous().transpose(1, 2)   # (E, N, K)
-
-    def ways(way, bf16, fp8, *scales, ours, **options):
-        ones = [torch.ones(shape, device="cuda") for shape in scales]
-        return {"BF16": lambda: F.grouped_mm(*bf16, offs=offs),
-                "torch FP8": lambda: torch._scaled_grouped_mm(*fp8, *ones, offs, out_dtype=torch.bfloat16),
-                "ours": partial(matmul, *ours, groups=groups, way=way, **options)}
-    w8 = w_q.data.view(E, N, K).transpose(1, 2)
-    return {"fprop": ways("fprop", (x, w.transpose(1, 2)), (x_q.data, w8), R, (E, N), ours=(x_q, w_q)),
-            "dgrad": ways("dgrad", (dy, w), (dy_q.data, w8_t), R, (E, K), ours=(dy_q, w_t), promote=True),
-            "wgrad": ways("wgrad", (dy.t(), x), (dy_t.data, x_t.data.t()), E * N, E * K, ours=(dy_t, x_t),
-                          promote=True, add=grad, out=grad)}
+    w_q = quantize(w, E4M3, scale=torch.full((E, 1), 0.01, device="cuda"))
+    dy_t, x_t = transpose_for_wgrad(dy_q, x_q, groups)
+    w, w_fp8, dw = w.view(E, N, K), w_q.data.view(E, N, K), torch.zeros(E * N, K, device="cuda")
+    for way, bf16, a, b, b_fp8, scales, out in (
+            ("fprop", (x, w.mT), x_q, w_q, w_fp8.mT, (R, (E, N)), None),
+            ("dgrad", (dy, w), dy_q, transposed(w_q), w_fp8.mT.contiguous().mT, (R, (E, K)), None),
+            ("wgrad", (dy.t(), x), dy_t, x_t, x_t.data.t(), (E * N, E * K), dw)):
+        ones = (torch.ones(shape, device="cuda") for shape in scales)
+        fp8 = partial(torch._scaled_grouped_mm, a.data, b_fp8, *ones, first[1:], out_dtype=torch.bfloat16)
+        ours = partial(matmul, a, b, promote=way != "fprop", add=out, out=out, groups=groups, way=way)
+        yield way, {"BF16": partial(F.grouped_mm, *bf16, offs=first[1:]), "torch FP8": fp8, "ours": ours}
 
 
 def show_grouped():
     """Print the speed of the products of experts, at five sizes."""
-    print("\nProducts of experts, TFLOP/s\n    rows experts     K     N  product       BF16  torch FP8       ours")
+    print("\nProducts of experts, TFLOP/s\n"
+          "    rows experts     K     N  product       BF16  torch FP8       ours")
     ratios = []
     for R, E, K, N in ((131072, 64, 2048, 2048), (131072, 64, 1024, 2048), (524288, 64, 2048, 2048),
                        (32768, 8, 7168, 4096), (32768, 8, 2048, 7168)):
-        for product, ways in grouped_ways(R, E, K, N).items():
-            speed = {way: 2e-9 * R * K * N / ms for way, ms in times(ways).items()}
-            ratios.append((speed["ours"] / speed["BF16"], speed["ours"] / speed["torch FP8"]))
-            print(f"{R:8}{E:8}{K:6}{N:6}  {product:7}" + "".join(f"{x:11.0f}" for x in speed.values()))
-    print("geometric means: x BF16, x torch FP8", *map(statistics.geometric_mean, zip(*ratios)))
+        for product, ways in grouped_ways(R, E, K, N):
+            bf16, fp8, ours = (2e-9 * R * K * N / ms for ms in times(ways).values())
+            ratios.append((ours / bf16, ours / fp8))
+            print(f"{R:8}{E:8}{K:6}{N:6}  {product:7}{bf16:11.0f}{fp8:11.0f}{ours:11.0f}")
+    means = (f"{statistics.geometric_mean(column):.3f}" for column in zip(*ratios))
+    print("geometric means of ours: x BF16, x torch FP8", *means)
 
 
 if __name__ == "__main__":
