@@ -55,8 +55,7 @@ class Groups:
     group, and a group begins at a multiple of 128: a tile of a product has one. Rows at the end have none."""
     first: torch.Tensor     # (E + 1,) int32: rows first[e] ... first[e + 1] - 1 are those of group e
     of_tile: torch.Tensor   # (rows / 128,) int32: the group of each 128 rows
-
-    count = property(lambda self: len(self.first) - 1)
+    count = property(lambda self: len(self.first) - 1)   # E
 
 
 def grouped_reference(a, b, groups, way):
@@ -87,19 +86,21 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, gr
     """
     check_product(a, b, out_dtype, add, out, groups, way)
     tensor_cores = kernels_run_on(a.data.device)
-    if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b, groups):
+    if tensor_cores and a.block[1] != 32 and kernel_can_multiply(a, b, groups, way):
         return matmul_triton(a, b, out_dtype, promote, add, out, groups, way)
     dtype = torch.bfloat16 if tensor_cores else torch.float32
     product = matmul_reference(a, b, out_dtype if out is None else out.dtype, add, dtype, groups, way)
     return product if out is None else out.copy_(product)
 
 
-def kernel_can_multiply(a, b, groups=None):
+def kernel_can_multiply(a, b, groups=None, way="fprop"):
     """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
     fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
-    after = a.block in ((1, ALL), (ALL, ALL)) and (b.block == (ALL, ALL) or groups)
+    E = groups.count if groups and way != "wgrad" else 1   # scales of b
+    leaves = b.block == (ALL, ALL) if E == 1 else b.scale.numel() == E
+    after = a.block in ((1, ALL), (ALL, ALL)) and leaves
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
-    return fp8 and bool(after or inside and not groups)
+    return fp8 and (after or inside and not groups)
 
 
 def product_shape(a, b, groups, way):
@@ -111,9 +112,10 @@ def product_shape(a, b, groups, way):
 def check_product(a, b, out_dtype, add, out, groups, way):
     """Raise ValueError for what the kernel cannot multiply, on every device: what runs on one runs on all."""
     M, N, K, K_b = product_shape(a, b, groups, way)
-    if groups and (128 * len(groups.of_tile) != (K if way == "wgrad" else M) or len(a.data) % 128):
-        raise ValueError(f"FP8 {way} of A {tuple(a.data.shape)} in groups that have "
-                         f"{128 * len(groups.of_tile)} rows: tokens must agree, outputs divide by 128")
+    rows, outputs = {"fprop": (M, len(b.data)), "dgrad": (M, b.data.shape[1]), "wgrad": (K, M)}[way]
+    if groups and (rows != 128 * len(groups.of_tile) or outputs % (128 * groups.count)):
+        raise ValueError(f"FP8 {way} of {rows} rows and {outputs} outputs in groups that have "
+                         f"{128 * len(groups.of_tile)} rows: both must agree, outputs divide by 128")
     if K_b != K or K % 16:   # Hopper's tensor memory accelerator moves 16 bytes at least
         raise ValueError(f"FP8 product of K = {K} and {K_b}: both must be the same multiple of 16; pad them "
                          f"with zeros (K is the summed axis, in wgrad the tokens)")
@@ -125,7 +127,7 @@ def check_product(a, b, out_dtype, add, out, groups, way):
     for dtype in (out_dtype, *(tensor.dtype for tensor in given)):
         if dtype not in (torch.bfloat16, torch.float32, torch.float16):
             raise ValueError(f"FP8 product in {dtype}: it sums in float32; use that, bfloat16 or float16")
-    for tensor in (a.scale, b.data, b.scale, *given):
+    for tensor in (a.scale, b.data, b.scale, *given, *(vars(groups).values() if groups else ())):
         if tensor.device != a.data.device:
             raise ValueError(f"FP8 product on {a.data.device} and {tensor.device}: move them to one device")
 
@@ -478,8 +480,7 @@ def show_products(T=16384, d=4096, ffn=11008):
 
 
 def grouped_ways(R, E, K, N):
-    """Yield (product, {way: function}) of E equal groups of R random rows: in BF16 and in FP8 by PyTorch, and
-    ours as it trains, which adds wgrad to an FP32 sum."""
+    """Yield (product, {way: function}) for E equal groups of R random rows. Ours adds to an FP32 wgrad."""
     first = torch.arange(0, R + 1, R // E, device="cuda", dtype=torch.int32)
     groups = Groups(first, torch.arange(0, R, 128, device="cuda", dtype=torch.int32) // (R // E))
     x, dy, w = (torch.randn(n, C, device="cuda").bfloat16() for n, C in ((R, K), (R, N), (E * N, K)))
@@ -492,24 +493,23 @@ def grouped_ways(R, E, K, N):
             ("dgrad", (dy, w), dy_q, transposed(w_q), w_fp8.mT.contiguous().mT, (R, (E, K)), None),
             ("wgrad", (dy.t(), x), dy_t, x_t, x_t.data.t(), (E * N, E * K), dw)):
         ones = (torch.ones(shape, device="cuda") for shape in scales)
-        fp8 = partial(torch._scaled_grouped_mm, a.data, b_fp8, *ones, first[1:], out_dtype=torch.bfloat16)
+        fp8 = partial(torch._scaled_grouped_mm, a.data, b_fp8, *ones, first[1:], out_dtype=torch.bfloat16,
+                      use_fast_accum=way == "fprop")
         ours = partial(matmul, a, b, promote=way != "fprop", add=out, out=out, groups=groups, way=way)
         yield way, {"BF16": partial(F.grouped_mm, *bf16, offs=first[1:]), "torch FP8": fp8, "ours": ours}
 
 
 def show_grouped():
     """Print the speed of the products of experts, at five sizes."""
-    print("\nProducts of experts, TFLOP/s\n"
-          "    rows experts     K     N  product       BF16  torch FP8       ours")
+    print("\nProducts of experts, TFLOP/s\n    rows experts    K    N  product     BF16  torch FP8     ours")
     ratios = []
     for R, E, K, N in ((131072, 64, 2048, 2048), (131072, 64, 1024, 2048), (524288, 64, 2048, 2048),
                        (32768, 8, 7168, 4096), (32768, 8, 2048, 7168)):
         for product, ways in grouped_ways(R, E, K, N):
             bf16, fp8, ours = (2e-9 * R * K * N / ms for ms in times(ways).values())
             ratios.append((ours / bf16, ours / fp8))
-            print(f"{R:8}{E:8}{K:6}{N:6}  {product:7}{bf16:11.0f}{fp8:11.0f}{ours:11.0f}")
-    means = (f"{statistics.geometric_mean(column):.3f}" for column in zip(*ratios))
-    print("geometric means of ours: x BF16, x torch FP8", *means)
+            print(f"{R:8}{E:8}{K:5}{N:5}  {product:7}{bf16:9.0f}{fp8:11.0f}{ours:9.0f}")
+    print("means of ours: x BF16, x torch FP8", *(f"{statistics.geometric_mean(r):.3f}" for r in zip(*ratios)))
 
 
 if __name__ == "__main__":
