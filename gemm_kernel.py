@@ -509,7 +509,7 @@ def show_grouped():
             bf16, fp8, ours = (2e-9 * R * K * N / ms for ms in times(ways).values())
             ratios.append((ours / bf16, ours / fp8))
             print(f"{R:8}{E:8}{K:5}{N:5}  {product:7}{bf16:9.0f}{fp8:11.0f}{ours:9.0f}")
-    print("means of ours: x BF16, x torch FP8", *(f"{statistics.geometric_mean(r):.3f}" for r in zip(*ratios)))
+    print("ours: x BF16, x torch FP8:", *(f"{statistics.geometric_mean(r):.3f}" for r in zip(*ratios)))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def launch_every_kernel(device, rows, ffns, heads, products):
     a = ms.quantize_reference(random(M, K), E5M2, (1, ALL), "up")
     out = torch.zeros(M * N + 1, device=device)[1:].view(M, N)   # where TMA cannot write
     gk.matmul_triton(a, b, promote=True, add=out, out=out)
-    first, of_tile = ([0, 128, 128, 512], [0, 2, 2, 2, 2])   # a group of one tile, an empty one, and unused rows
+    first, of_tile = [0, 128, 128, 512], [0, 2, 2, 2, 2]   # a group of one tile, an empty one, unused rows
     groups = gk.Groups(*(torch.tensor(x, device=device, dtype=torch.int32) for x in (first, of_tile)))
     for N, K in ((256, 144), (1024, 2048)):
         x, dy = (ms.quantize_reference(random(640, n), E4M3, (1, ALL), "up") for n in (K, N))

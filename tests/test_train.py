@@ -320,7 +320,7 @@ def test_all_recipes_see_the_same_batches_from_the_same_weights_and_another_seed
 @pytest.mark.parametrize("fused, down", [(False, {}), (True, {}), (False, {"frozen": True}),
                                          (False, {"recipe": RECIPES["group"]})], ids=str)
 def test_the_copies_that_an_update_leaves_are_current_whoever_writes_them(fused, down, tiny, monkeypatch):
-    """Those of a frozen weight, whose scale grows like the others', and of a layer with another recipe, too."""
+    """Also those of a frozen weight, whose scale grows like the others', and of a layer of another recipe."""
     monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: True)
     by_kernel = []
     before_call(monkeypatch, autoscale, "adamw_triton", lambda *_: by_kernel.append(1))
@@ -446,7 +446,8 @@ def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
     for rank in range(4):
         net = Transformer(PRESETS["nano"], "moss")
         owner = train.owners(net, 4)
-        run = SimpleNamespace(model=net, owner=owner, mine=lambda p: owner[p] == rank, ranks=train.Ranks(rank, 4, CPU))
+        run = SimpleNamespace(model=net, owner=owner, mine=lambda p: owner[p] == rank,
+                              ranks=train.Ranks(rank, 4, CPU))
         train.drop_weights(run)
         for layer in net.linears():
             kept = layer.weight.numel() if run.mine(layer.weight) else 1
@@ -1301,7 +1302,8 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
 
 
 FULL = "/dev/full" if os.path.exists("/dev/full") else os.devnull
-WITHOUT_STDOUT = ("sh", "-c", 'exec "$@" >&-', "sh")   # preexec_fn would fork: a deadlock beside numpy's threads
+# subprocess's preexec_fn would fork, which stops for ever where NumPy's threads multiply in the meantime
+WITHOUT_STDOUT = ("sh", "-c", 'exec "$@" >&-', "sh")
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None; import train; exit(train.main())"
 BESIDE = {
     "test_torchrun_restarts_a_run": killed_under_torchrun,
