@@ -109,7 +109,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share of the layers; for moss")
+    shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
@@ -122,7 +122,7 @@ class Config:
 
 
 MODES = ("resume", "eval_only", "sample", "plot", "bench")
-DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; two fit a coffee break
+DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; three are quick
     "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "nano-moe": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "124m": dict(batch=64, accum=1, steps=600, lr=1e-3),
@@ -786,7 +786,7 @@ def drop_weights(run):
 
 def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
-    which each rank makes W^T; embedding, head and norms in FP32."""
+    which each rank makes W^T; all others in FP32."""
     all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
     layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
     sent = []
