@@ -335,7 +335,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     those of E groups of R / E rows. Blocks of 128 x 128, which only weights have, and widths not in
     KERNEL_WIDTHS are left to PyTorch."""
     expect("x", x, (None, None), "rows that products sum along")
-    groups = 1 if scale is None else math.gcd(len(x), len(scale))
+    groups = 1 if scale is None else math.gcd(len(x), len(scale))   # len(scale) if that divides the rows
     expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))
     check_name("scale rule", rule, RULES)
     if scale is not None:
@@ -492,22 +492,24 @@ if HAS_TRITON:
         return tl.where(finite, scale, float("nan")), tl.where(finite, inverse, float("nan"))
 
     @triton.jit
-    def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, groups, ROWS: tl.constexpr,
+    def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, scale_rows, ROWS: tl.constexpr,
                          COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
                          IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr):
-        """Quantize a tile (ROWS, COLS) of x, any strides, under a scale per GROUP columns or a given one."""
+        """Quantize a tile (ROWS, COLS) of x, any strides, under a scale per GROUP columns of a row, or under
+        given scales, of `scale_rows` rows each."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         c = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
         inside = (r < R)[:, None] & (c < C)[None, :]
         at = x_ptr + r[:, None] * stride_r + c[None, :] * stride_c
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if RULE == "given":
-            scale = tl.load(scale_ptr + r // groups, mask=r < R, other=1.0)   # of groups of so many rows
+            scale = tl.load(scale_ptr + r // scale_rows, mask=r < R, other=1.0)
             q = to_fp8(x * tl.div_rn(1.0, scale)[:, None], IS_E4M3)
         else:
             x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
             scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, IS_E4M3)    # (ROWS, COLS / GROUP)
             q = to_fp8(tl.reshape(x * inverse[:, :, None], (ROWS, COLS)), IS_E4M3)
+            groups = tl.cdiv(C, GROUP)
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
@@ -519,14 +521,14 @@ if HAS_TRITON:
         """Quantize x (R, C), any strides, in blocks 1 x n or under `scale` (E, 1) of E groups of rows."""
         (R, C), e8m0 = x.shape, stores_e8m0(block, rule)
         if scale is not None:
-            rule, rows, cols, group, groups = "given", 64, 128, 128, R // len(scale)
+            rule, rows, cols, group, scale_rows = "given", 64, 128, 128, R // len(scale)
         else:
-            rows, cols, group, groups = 16, 256, block[1], cdiv(C, block[1])
+            rows, cols, group, scale_rows = 16, 256, block[1], 1
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
-            scale = torch.empty(R, groups, device=x.device, dtype=dtype)
+            scale = torch.empty(R, cdiv(C, group), device=x.device, dtype=dtype)
         q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
-            x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), groups, ROWS=rows,
+            x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), scale_rows, ROWS=rows,
             COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, num_warps=4)
         return Quantized(q, scale, block)
 

@@ -635,7 +635,7 @@ def shuffled(number, n, keys):
     while True:
         for key in keys:
             left, right = number >> bits, number & (1 << bits) - 1
-            number = right << bits | left ^ (right + key) * golden >> 32 & (1 << bits) - 1
+            number = right << bits | left ^ ((right + key) * golden >> 32) & ((1 << bits) - 1)
         if number < n:
             return number
 
@@ -940,7 +940,8 @@ def restore(run, saved):
         same = saved["config"]["fp8"] == run.c.fp8
         if same:
             run.scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
-        if not same or all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX) > -1:   # on any rank
+        minus_least = all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX)   # of all ranks
+        if not same or minus_least > -1:
             run.scales.rescale()
 
 
