@@ -9,12 +9,12 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
     logits = head(norm(x))
 
 A recipe (microscale.py) quantizes the four linear layers of every block: in OLMo-7B 94% of the parameters
-and 93% of the arithmetic. The rest stays in BF16 (FP32 on a CPU). The optimizer sees FP32 weights.
+and 93% of the arithmetic. The rest stays in BF16 (FP32 on a CPU). The optimizer sees FP32 weights. In a
+mixture of experts, a block has many gate_up and down; a router chooses a few of them for each token.
 
-Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
-`moss` computes the same block with two fused functions ("The dataflow of moss" below). There the kernel
-that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8, the inputs of the
-linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output.
+Most recipes quantize layer by layer what norm, attention or SwiGLU has computed. In "The dataflow of moss"
+below, the kernel that computes a number also quantizes it, if it can. It saves for the backward pass in FP8
+the inputs of the linear layers and [gate, up], in BF16 those of both halves, q, k, v and attention's output.
 """
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS, cast, uncast
-from gemm_kernel import Groups, fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
+from gemm_kernel import Groups, fp8_linear, grouped_reference, matmul, transpose_for_wgrad, wgrad_factor
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
                         fold_loss, quantize, quantize_norm, quantize_swiglu, quantize_swiglu_gradient,
                         quantize_weight, rope, rope_into, saturated_share, scale_from_amax, swiglu)
@@ -342,7 +342,7 @@ def mixture(block, x):
     p, chosen = block.router(n)                                                           # (T, top_k)
     r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
     h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
-    a = compiled_swiglu(h) * r.in_rows(p)[:, None]                                       # (R, ffn)
+    a = compiled_swiglu(h) * r.in_rows(p)[:, None]                                        # (R, ffn)
     y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
     return x + Move.apply(y, r.row, r.token).view_as(x), r.load
 
@@ -396,7 +396,7 @@ def route(chosen, E, align=128):
     expert, order = chosen.flatten().sort(stable=True)                        # (T k,): choices by expert
     load = (expert[:, None] == torch.arange(E, device=device)).sum(0)         # (E,)
     first = F.pad((cdiv(load, align) * align).cumsum(0), (1, 0))              # (E + 1,): its first row
-    filled = first[:-1] - load.cumsum(0) + load              # (E,): rows that fill up the experts before it
+    filled = first[:-1] - load.cumsum(0) + load    # (E,): rows that fill up the experts before it
     rows = torch.arange(T * k, device=device) + filled[expert]                # (T k,): of the sorted choices
     token = torch.full((R,), T - 1, device=device).scatter(0, rows, order // k)
     row = torch.empty_like(order).scatter(0, order, rows).view(T, k)
@@ -429,14 +429,13 @@ def grouped_linear(layer, x, groups):
     E, weights = layer.experts, layer.weight.unflatten(0, (layer.experts, -1))            # (E, out, in)
     if not layer.recipe and x.is_cuda:
         return F.grouped_mm(x, weights.to(x.dtype).transpose(1, 2), offs=groups.first[1:])
+    if not layer.recipe:
+        return grouped_reference(x, layer.weight.to(x.dtype), groups, "fprop")
     sizes = groups.first.diff().tolist()
     rows = x[:sum(sizes)].split(sizes)
-    if layer.recipe:
-        operands = zip(rows, weights, by_expert(layer.w, E, 0), by_expert(layer.w_t, E, 1))
-        y = [fp8_linear(*each, layer.recipe) for each in operands]
-    else:
-        y = [F.linear(*each) for each in zip(rows, weights.to(x.dtype))]
-    return F.pad(torch.cat(y), (0, 0, 0, len(x) - sum(sizes)))
+    operands = zip(rows, weights, by_expert(layer.w, E, 0), by_expert(layer.w_t, E, 1))
+    y = torch.cat([fp8_linear(*each, layer.recipe) for each in operands])
+    return F.pad(y, (0, 0, 0, len(x) - len(y)))
 
 
 def by_expert(q, E, axis):
@@ -534,7 +533,7 @@ class OutNormSwiGLU(torch.autograd.Function):
 
 class FusedMixture(torch.autograd.Function):
     """Compute `mixture` of x (T, d) with one quantization of X and one of dY per token, not one per choice:
-    the copies in the rows are copies of FP8. Saved is X (T, d), and copied again for wgrad."""
+    the copies in the rows are copies of FP8. X is saved as (T, d), and copied again for wgrad."""
 
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
@@ -587,11 +586,8 @@ def linear_backward(dy, x, layer, dtype, groups=None):
 
 @compiled
 def norm_backward(dy, x, weight, kind, d_residual):
-    """Return dx + d_residual (T, d) and d weight (d) or None, of y = norm(x) weight, for dy (T, d), in
-    float32. RMSNorm subtracts no mean: there mean and mean(g) are 0.
-
-        x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
-    """
+    """Return dx + d_residual (T, d) and d weight (d) or None, of y = norm(x) weight for dy (T, d). In float32
+    dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation, g = dy weight. RMSNorm subtracts no mean(g)."""
     dtype, x, dy = dy.dtype, x.float(), dy.float()
     x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
     inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
@@ -650,12 +646,11 @@ def idle_weights(model):
 
 
 def memory(model, tokens, ranks=1, element=2):
-    """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number. Each
-    of several ranks (train.py --shard) keeps a share of the moments, and of the weights of the blocks' linear
-    layers. Left out are scales, up to 3% of FP8, and the rows that fill up those of an expert."""
+    """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number. Of
+    several ranks (train.py --shard) each keeps a share of the moments and of the blocks' linear weights."""
     linear = sum(layer.weight.numel() for layer in model.linears())
     total, (vocab, d) = sum(p.numel() for p in model.parameters()), model.head.weight.shape
-    saved = [saved_by_block(block, element) for block in model.blocks]
+    saved = [saved_by_block(block, element) for block in model.blocks]   # without scales, up to 3% of FP8
     if model.recompute == "block":   # the inputs of all blocks, and all of one block
         saved = [max(saved), element * d * (len(saved) - 1)]
     saved += [element * (2 * d + vocab)]   # input and output of the last norm, gradient of the logits
@@ -665,13 +660,12 @@ def memory(model, tokens, ranks=1, element=2):
 
 
 def saved_by_block(block, element):
-    """Return the bytes per token that a block saves for the backward pass."""
+    """Return the bytes per token that a block saves for the backward pass, without rows that fill up."""
     c, rows = block.config, block.config.top_k or 1   # of [gate, up], for each token
-    qk, ffn = c.d + c.kv_dim, rows * c.ffn
+    qk, ffn = c.d + c.kv_dim, rows * c.ffn   # layer by layer, q, k before RoPE and silu(gate) are saved, too
     inputs = 3 * c.d + ffn + (0 if block.fused else (rows - 1) * c.d)   # of the linear layers
     saved = element * (3 * c.d + qk + c.kv_dim)   # the inputs of both halves, the attention output, q, k, v
     saved += inputs if block.qkv.recipe else element * (inputs - c.d)   # in BF16 `out` reads that output
-    # [gate, up]; layer by layer also q and k before RoPE, and silu(gate)
     return saved + (2 * ffn if block.fused else element * (3 * ffn + qk))
 
 
@@ -684,8 +678,8 @@ if __name__ == "__main__":
         uses["moss, 8 GPUs"] = memory(models["moss"], config.seq, ranks=8)
         size, flops = sum(p.numel() for p in models["none"].parameters()), flops_per_token(models["none"])
         active = f" ({size - idle_weights(models['none']):,} active)" if config.experts else ""
-        print(f"{preset}: {size:,} parameters{active}, {flops / 1e9:.2f} GFLOP per token; GiB for one seq"
-              f"uence of {config.seq}:\n{'':16}" + "".join(f"{use:>13}" for use in (*uses["none"], "total")))
+        print(f"{preset}: {size:,} parameters{active}, {flops / 1e9:.2f} GFLOP per token; GiB for one "
+              f"sequence of {config.seq}:\n{'':16}" + "".join(f"{k:>13}" for k in (*uses["none"], "total")))
         for run, use in uses.items():
             print(f"    {run:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()
