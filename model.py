@@ -9,12 +9,12 @@ The model: a decoder like LLaMA and OLMo, whose linear layers can run in FP8.
     logits = head(norm(x))
 
 A recipe (microscale.py) quantizes the four linear layers of every block: in OLMo-7B 94% of the parameters
-and 93% of the arithmetic. The rest stays in BF16 (FP32 on a CPU). The optimizer sees FP32 weights.
+and 93% of the arithmetic. The rest stays in BF16 (FP32 on a CPU). The optimizer sees FP32 weights. In a
+mixture of experts, a block has many gate_up and down; a router chooses a few of them for each token.
 
-Most recipes run layer by layer: each linear layer quantizes what norm, attention or SwiGLU has computed.
-`moss` computes the same block with two fused functions ("The dataflow of moss" below). There the kernel
-that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8, the inputs of the
-linear layers and [gate, up]; in BF16, the inputs of both halves, q, k, v and the attention output.
+Most recipes quantize layer by layer what norm, attention or SwiGLU has computed. In "The dataflow of moss"
+below, the kernel that computes a number also quantizes it, if it can. It saves for the backward pass in FP8
+the inputs of the linear layers and [gate, up], in BF16 those of both halves, q, k, v and attention's output.
 """
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from fp8_formats import E4M3, FORMATS, cast, uncast
-from gemm_kernel import Groups, fp8_linear, matmul, transpose_for_wgrad, wgrad_factor
+from gemm_kernel import Groups, fp8_linear, grouped_reference, matmul, transpose_for_wgrad, wgrad_factor
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
                         fold_loss, quantize, quantize_norm, quantize_swiglu, quantize_swiglu_gradient,
                         quantize_weight, rope, rope_into, saturated_share, scale_from_amax, swiglu)
@@ -34,12 +34,12 @@ from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab: int
     seq: int                  # longest sequence
     d: int                    # width of the residual stream
     layers: int
     heads: int
     ffn: int                  # width inside SwiGLU
+    vocab: int = 50304        # that of GPT-2 and of OLMo, padded to a multiple of 128
     kv_heads: int = 0         # grouped-query attention: heads share this many keys and values; 0 = heads
     norm: str = "rms"         # "rms": RMSNorm with a weight | "layer": LayerNorm without parameters (OLMo)
     tied: bool = False        # the head reuses the embedding
@@ -63,18 +63,17 @@ class ModelConfig:
     kv_dim = property(lambda self: (self.kv_heads or self.heads) * self.head_dim)
 
 
-RECOMPUTE = ("none", "block")   # what the backward pass computes again instead of reading it from memory
+RECOMPUTE = ("none", "block")   # what the backward pass computes again, from its saved input
+FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")   # "The dataflow of moss"
 PRESETS = {
     "nano": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=384),
-    "124m": ModelConfig(vocab=50304, seq=1024, d=768, layers=12, heads=12, ffn=2048, tied=True),
-    "1b": ModelConfig(vocab=50304, seq=2048, d=2048, layers=16, heads=16, ffn=8192, norm="layer", tied=True),
-    "olmo-7b": ModelConfig(vocab=50304, seq=2048, d=4096, layers=32, heads=32, ffn=11008, norm="layer"),
+    "124m": ModelConfig(seq=1024, d=768, layers=12, heads=12, ffn=2048, tied=True),
+    "1b": ModelConfig(seq=2048, d=2048, layers=16, heads=16, ffn=8192, norm="layer", tied=True),
+    "olmo-7b": ModelConfig(seq=2048, d=4096, layers=32, heads=32, ffn=11008, norm="layer"),
     "llama2-7b": ModelConfig(vocab=32000, seq=4096, d=4096, layers=32, heads=32, ffn=11008),
     "nano-moe": ModelConfig(vocab=256, seq=128, d=128, layers=4, heads=4, ffn=256, experts=8, top_k=2),
-    "moe-1b": ModelConfig(vocab=50304, seq=2048, d=1024, layers=16, heads=16, ffn=512, experts=32, top_k=8,
-                          tied=True),
-    "olmoe-1b-7b": ModelConfig(vocab=50304, seq=4096, d=2048, layers=16, heads=16, ffn=1024, experts=64,
-                               top_k=8),
+    "moe-1b": ModelConfig(seq=2048, d=1024, layers=16, heads=16, ffn=512, experts=32, top_k=8, tied=True),
+    "olmoe-1b-7b": ModelConfig(seq=4096, d=2048, layers=16, heads=16, ffn=1024, experts=64, top_k=8),
 }
 
 
@@ -83,23 +82,23 @@ PRESETS = {
 
 # torch.compile fuses what has no kernel of ours. torch.compiler.set_stance("force_eager") switches it off.
 compiled = torch.compile(dynamic=False) if torch.cuda.is_available() else lambda function: function
+norm = compiled(lambda x, kind, weight: NORMS[kind](x, weight))
+compiled_swiglu = compiled(swiglu)
+# Rounds once. In BF16, x * factor rounds the factor, too: 1/3 is then off by 0.2%.
+scaled = compiled(lambda x, factor, dtype: (x.float() * factor).to(dtype))
 
 
 class Linear(nn.Module):
-    """Compute y = x W^T without bias, as the recipe says. W (out, in) is the FP32 master weight. With
-    `experts`, W (experts out, in) holds one matrix for each, and each multiplies the rows of its group.
-
-    `requantize` makes two FP8 copies of W, once per optimizer step. Copies of a weight that has changed since
-    are refused. (A change that PyTorch does not count, as in weight.data.mul_(2), is not noticed.)
-    """
+    """Compute y = x W^T, as the recipe says. W (out, in) is the FP32 master weight; of `experts` W (experts
+    out, in), and each multiplies the rows of its group. `requantize` makes FP8 copies, once per optimizer
+    step. If W has changed since, they are refused (if PyTorch counts the change: not weight.data.mul_(2))."""
 
     def __init__(self, d_in, d_out, recipe, name, std=0.02, experts=0):
         super().__init__()
         multiple = 128 if experts else 16
         if recipe and (d_in % multiple or d_out % multiple):
-            raise ValueError(f"layer {name}: in = {d_in}, out = {d_out} are not both a multiple of "
-                             f"{multiple}, which --fp8 {recipe} needs: change d, ffn or the heads, or train "
-                             f"with --fp8 none")
+            raise ValueError(f"layer {name}: in = {d_in} or out = {d_out} is no multiple of {multiple}, as "
+                             f"--fp8 {recipe} needs: change d, ffn or the heads, or train with --fp8 none")
         self.weight = nn.Parameter(torch.empty(max(experts, 1) * d_out, d_in))
         if std:
             nn.init.normal_(self.weight, std=std)
@@ -110,7 +109,7 @@ class Linear(nn.Module):
     def forward(self, x, groups=None):
         if groups:
             return grouped_linear(self, x, groups)
-        if not self.recipe or not x.numel():
+        if not self.recipe:
             return F.linear(x, self.weight.to(x.dtype))
         return fp8_linear(x, self.weight, self.w, self.w_t, self.recipe)
 
@@ -165,12 +164,9 @@ class Norm(nn.Module):
         self.kind = config.norm
         self.weight = nn.Parameter(torch.ones(config.d)) if self.kind == "rms" else None
 
-    def forward(self, x):
-        return norm(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
-
-
-norm = compiled(lambda x, kind, weight: NORMS[kind](x, weight))
-compiled_swiglu = compiled(swiglu)
+    def forward(self, x, compute=None):
+        """Return norm(x). With compute = quantize_norm, return it in FP8, one scale per row of x (T, d)."""
+        return (compute or norm)(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
 
 
 @compiled
@@ -206,14 +202,9 @@ def loss_and_gradient_(logits, targets, count):
     return loss
 
 
-# Rounds once. In BF16, x * factor rounds the factor, too: 1/3 is then off by 0.2%.
-scaled = compiled(lambda x, factor, dtype: (x.float() * factor).to(dtype))
-
-
 class HeadLoss(torch.autograd.Function):
     """Compute the mean cross-entropy of x W^T, of x (T, d), W (vocab, d) and targets (T), in FP32 for `CHUNK`
-    tokens at a time. Their gradient overwrites their logits: of 16384 tokens and 50304 words it keeps 1.5 GiB
-    in BF16, where PyTorch's cross-entropy keeps 9 GiB in FP32."""
+    tokens at a time. The gradient overwrites the logits: 1.5 GiB at 16384 x 50304; PyTorch's own keeps 9."""
     CHUNK = 4096
 
     @staticmethod
@@ -247,8 +238,7 @@ def head_loss(x, weight, targets):
 
 
 class Block(nn.Module):
-    """Compute a block. The blocks of a model may have different recipes; None is high precision.
-    recompute = "block": only x is saved, and the backward pass computes the block again."""
+    """Compute a block. The blocks of a model may have different recipes; None is high precision."""
 
     def __init__(self, config, recipe, name, recompute):
         super().__init__()
@@ -256,12 +246,11 @@ class Block(nn.Module):
         self.config, self.recompute, self.fused = config, recompute, recipe == FUSED
         self.norm1, self.norm2 = Norm(config), Norm(config)
         small = 0.02 / (2 * config.layers) ** 0.5   # for the layers that write to the residual stream
-        experts = config.experts
         self.qkv = Linear(config.d, config.d + 2 * config.kv_dim, recipe, f"{name}.qkv")
         self.out = Linear(config.d, config.d, recipe, f"{name}.out", small)
-        self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up", experts=experts)
-        self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small, experts)
-        self.router = Router(config) if experts else None
+        self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up", experts=config.experts)
+        self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small, config.experts)
+        self.router = Router(config) if config.experts else None
 
     def forward(self, x, cos, sin):
         """Return the output (B, T, d); of a mixture also how many tokens each expert got, (experts,)."""
@@ -281,7 +270,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. fp8: the name of a recipe. recompute = "block": as in Block, for all blocks."""
+    """The decoder. `fp8` names the recipe of all blocks, `recompute` is one of RECOMPUTE."""
 
     def __init__(self, config, fp8="none", recompute="none"):
         super().__init__()
@@ -299,9 +288,8 @@ class Transformer(nn.Module):
 
     def balance(self, loads):
         """Balance the routers, once per optimizer step, by the loads (layers, experts) of all its tokens."""
-        for block, load in zip(self.blocks, loads):
-            if block.router:
-                block.router.balance(load)
+        for router, load in zip((block.router for block in self.blocks if block.router), loads):
+            router.balance(load)
 
     def linears(self):
         """Return the linear layers of the blocks in the order of the forward pass."""
@@ -330,8 +318,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
     def generate(self, tokens, count, temperature=0.8, generator=None):
-        """Return tokens (1, T) and `count` more, each sampled after the last config.seq tokens before it;
-        temperature 0 takes the likeliest."""
+        """Return tokens (1, T) and `count` more, each sampled; temperature 0 takes the likeliest."""
         if not tokens.shape[1] or not temperature >= 0:
             raise ValueError(f"{tokens.shape[1]} tokens, temperature {temperature}: the least are 1 and 0")
         for _ in range(count):
@@ -346,13 +333,25 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # A mixture of experts, layer by layer
 
+def mixture(block, x):
+    """Return x + sum over the chosen experts e of p_e down_e(silu(gate_e(n)) up_e(n)), n = norm2(x), of x
+    (B, T, d); and how many tokens each expert got, (E,). Each token is copied into a row for every choice.
+    The rows are sorted by expert, so that each multiplies a group of neighbors, and their results are added
+    up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass."""
+    n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
+    p, chosen = block.router(n)                                                           # (T, top_k)
+    r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
+    h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
+    a = compiled_swiglu(h) * r.in_rows(p)[:, None]                                        # (R, ffn)
+    y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
+    return x + Move.apply(y, r.row, r.token).view_as(x), r.load
+
+
 class Router(nn.Module):
-    """Choose top_k of E experts for each token, with probabilities p. In float32:
+    """Choose top_k of E experts for each token, with probabilities p. `balance` moves the bias, which steers
+    who is chosen and not how much that counts, so the loss needs no term for it (arXiv 2408.15664).
 
         score = sigmoid(W x)    chosen: the top_k largest score + bias    p = score / sum of the chosen scores
-
-    `balance` moves the bias, once per optimizer step, until all experts get as many tokens. It steers who is
-    chosen and not how much that counts, so the loss needs no term for it (arXiv 2408.15664).
     """
 
     def __init__(self, config):
@@ -363,7 +362,7 @@ class Router(nn.Module):
 
     def forward(self, x):
         """Return p (T, top_k) float32 and the chosen experts (T, top_k) int64 of x (T, d)."""
-        score = F.linear(x.float(), self.weight).sigmoid()                                # (T, E)
+        score = F.linear(x.float(), self.weight.float()).sigmoid()                        # (T, E)
         chosen = (score + self.bias).topk(self.top_k).indices
         p = score.gather(1, chosen)
         return p / p.sum(1, keepdim=True), chosen
@@ -377,90 +376,76 @@ class Router(nn.Module):
 
 @dataclass
 class Routes:
-    """Say where the choices of T tokens go: each to a row of the experts' products, sorted by expert. An
-    expert's rows are filled up to a multiple of 128 with copies of the last token, whose p is 0."""
-    token: torch.Tensor    # (R,) int64: whose row it is
-    row: torch.Tensor      # (T, top_k) int64: where each choice goes
+    """Say which rows (R,) of the experts' products the choices of T tokens are. FP8 needs a multiple of 128
+    for each expert: its rows are filled up with copies of the last token, whose p is 0. R is the most that
+    this may take. It depends on no value, so the host need not wait for the GPU; rows may be left over."""
+    token: torch.Tensor    # (R,) int64: whose copy a row is
+    row: torch.Tensor      # (T, top_k) int64: where each choice is
     load: torch.Tensor     # (E,) float32: how many tokens each expert gets
-    groups: Groups
+    groups: Groups         # which rows are each expert's
+
+    def in_rows(self, p):
+        """Return p (T, top_k) in the rows (R,) of the choices, and 0 in the others."""
+        return p.new_zeros(len(self.token)).scatter(0, self.row.flatten(), p.flatten())
 
 
 def route(chosen, E, align=128):
-    """Return the Routes of chosen experts (T, top_k). R depends on no value, so the host need not wait."""
+    """Return the Routes of the chosen experts (T, top_k), of E. Each begins at a multiple of `align`."""
     (T, k), device = chosen.shape, chosen.device
-    R = cdiv(T * k + (align - 1) * E, align) * align
-    expert, order = chosen.flatten().sort(stable=True)                                    # (T k,)
-    load = (expert[:, None] == torch.arange(E, device=device)).sum(0)                     # (E,)
-    first = F.pad((cdiv(load, align) * align).cumsum(0), (1, 0))                          # (E + 1,)
-    row = (first[:-1] - load.cumsum(0) + load)[expert] + torch.arange(T * k, device=device)
-    token = torch.full((R,), T - 1, device=device).scatter(0, row, order // k)
+    R = cdiv(T * k + (align - 1) * E, align) * align if T else 0
+    expert, order = chosen.flatten().sort(stable=True)                        # (T k,): choices by expert
+    load = (expert[:, None] == torch.arange(E, device=device)).sum(0)         # (E,)
+    first = F.pad((cdiv(load, align) * align).cumsum(0), (1, 0))              # (E + 1,): its first row
+    filled = first[:-1] - load.cumsum(0) + load    # (E,): rows that fill up the experts before it
+    rows = torch.arange(T * k, device=device) + filled[expert]                # (T k,): of the sorted choices
+    token = torch.full((R,), T - 1, device=device).scatter(0, rows, order // k)
+    row = torch.empty_like(order).scatter(0, order, rows).view(T, k)
     of_tile = torch.bucketize(torch.arange(0, R, align, device=device), first[1:-1], right=True)
-    row = torch.empty_like(order).scatter(0, order, row).view(T, k)
     return Routes(token, row, load.float(), Groups(first.int(), of_tile.int()))
 
 
-def in_rows(p, routes):
-    """Return p (T, top_k) in the rows (R,) of the experts' products, and 0 in the others."""
-    return p.new_zeros(len(routes.token)).scatter(0, routes.row.flatten(), p.flatten())
-
-
 @compiled
-def move(x, to, add=0):
-    """Return rows x[to], or for `to` (T, k) sums of k rows, in float32 and in order, plus `add` (T, C)."""
-    return x[to] if to.dim() == 1 else (x[to].float().sum(1) + add).to(x.dtype)
+def move(x, source, add=0):
+    """Return rows x[source], or for `source` (T, k) sums of k rows, in float32 and in order, plus `add`."""
+    return x[source] if source.dim() == 1 else (x[source].float().sum(1) + add).to(x.dtype)
 
 
 class Move(torch.autograd.Function):
-    """Return move(x, to). The gradient comes the other way, by move(dy, back): no additions race."""
+    """Return move(x, source). The gradient is move(dy, back): it also gathers, so no two additions race."""
 
     @staticmethod
-    def forward(ctx, x, to, back):
+    def forward(ctx, x, source, back):
         ctx.save_for_backward(back)
-        return move(x, to)
+        return move(x, source)
 
     @staticmethod
     def backward(ctx, dy):
         return move(dy, *ctx.saved_tensors), None, None
 
 
-def mixture(block, x):
-    """Return x + sum over the chosen experts e of down_e(p_e silu(gate_e(n)) up_e(n)), n = norm2(x), of x
-    (B, T, d); and the load of each expert. p is multiplied in where SwiGLU is quantized anyway."""
-    n = block.norm2(x).flatten(0, 1)
-    p, chosen = block.router(n)
-    r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
-    h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
-    a = compiled_swiglu(h) * in_rows(p, r)[:, None]                                       # (R, ffn)
-    y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
-    return x + Move.apply(y, r.row, r.token).view_as(x), r.load
-
-
 def grouped_linear(layer, x, groups):
-    """Multiply the rows of each expert, of x (R, in), by its matrix -> (R, out)."""
+    """Multiply the rows of each expert, of x (R, in), by its matrix -> (R, out). In BF16 on a GPU that is one
+    product. Else the experts take turns, and the host waits to know how many rows each has."""
     E, weights = layer.experts, layer.weight.unflatten(0, (layer.experts, -1))            # (E, out, in)
     if not layer.recipe and x.is_cuda:
         return F.grouped_mm(x, weights.to(x.dtype).transpose(1, 2), offs=groups.first[1:])
-    first, y = groups.first.tolist(), []
-    for e, (weight, rows) in enumerate(zip(weights.unbind(), map(slice, first, first[1:]))):
-        if layer.recipe:
-            copies = (of_expert(q, e, E, axis) for axis, q in enumerate((layer.w, layer.w_t)))
-            y.append(fp8_linear(x[rows], weight, *copies, layer.recipe))
-        else:
-            y.append(F.linear(x[rows], weight.to(x.dtype)))
-    return torch.cat([*y, x.new_zeros(len(x) - first[-1], weights.shape[1])])
+    if not layer.recipe:
+        return grouped_reference(x, layer.weight.to(x.dtype), groups, "fprop")
+    sizes = groups.first.diff().tolist()
+    rows = x[:sum(sizes)].split(sizes)
+    operands = zip(rows, weights, by_expert(layer.w, E, 0), by_expert(layer.w_t, E, 1))
+    y = torch.cat([fp8_linear(*each, layer.recipe) for each in operands])
+    return F.pad(y, (0, 0, 0, len(x) - len(y)))
 
 
-def of_expert(q, e, E, axis):
-    """Return the Quantized matrix of expert e, one of E along `axis` of q."""
-    data, scale = (z.chunk(E, axis)[e] for z in (q.data, q.scale))
-    return Quantized(data, scale, (ALL, ALL) if ALL in q.block else q.block)
+def by_expert(q, E, axis):
+    """Return the Quantized matrices of E experts, which q holds along `axis`."""
+    block = (ALL, ALL) if ALL in q.block else q.block
+    return [Quantized(*each, block) for each in zip(q.data.chunk(E, axis), q.scale.chunk(E, axis))]
 
 
 # ---------------------------------------------------------------------------------------------------
 # The dataflow of moss. Blocks with this recipe take it; blocks with any other run layer by layer.
-
-FUSED = Recipe("moss", (1, ALL), (ALL, ALL), rule="up", weight_scale="predicted")
-
 
 def can_fuse(block):
     """Return False where fused functions would pass over a fork's change: other modules, recipes, hooks."""
@@ -472,44 +457,38 @@ def can_fuse(block):
 
 def fused_block(block, x, cos, sin):
     """Return what block.compute returns for x (B, T, d)."""
-    B, T, d = x.shape
-    q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block.qkv, block.config)
+    shape, norm, gate_up, down = x.shape, block.norm2.weight, block.gate_up.weight, block.down.weight
+    q, k, v, x = NormQKV.apply(x, block.norm1.weight, block.qkv.weight, cos, sin, block)
+    x, y = x.flatten(0, 1), attention(q, k, v).flatten(0, 1)                          # (B T, d)
     if block.router:
-        x = (x + block.out(attention(q, k, v))).view(B * T, d)
-        weights = (m.weight for m in (block.norm2, block.router, block.gate_up, block.down))
-        x, load = FusedMixture.apply(x, *weights, block)
-        return x.view(B, T, d), load
-    y = attention(q, k, v).view(B * T, d)
-    weights = (m.weight for m in (block.norm2, block.out, block.gate_up, block.down))
-    return OutNormSwiGLU.apply(x.reshape(B * T, d), y, *weights, block).view(B, T, d)
+        x, load = FusedMixture.apply(x + block.out(y), norm, block.router.weight, gate_up, down, block)
+        return x.view(shape), load
+    return OutNormSwiGLU.apply(x, y, norm, block.out.weight, gate_up, down, block).view(shape)
 
 
 class NormQKV(torch.autograd.Function):
-    """Compute q (B, T, heads, head_dim) and k after RoPE, and v, of x (B, T, d); and return x, too.
-
-    The residual connection reads that x. Its gradient arrives in `backward` below, for norm_backward to add.
-    Saved for the backward pass: x, and norm(x) in FP8. Attention saves q, k and v, which are one tensor.
-    """
+    """Compute q (B, T, heads, head_dim) and k after RoPE, and v, of x (B, T, d); and return x, too. The
+    residual connection reads that x: so its gradient arrives in `backward`, for norm_backward to add."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, weight, cos, sin, layer, config):
-        kv_heads = config.kv_dim // config.head_dim
-        x_q = quantize_input(x.flatten(0, 1), config.norm, norm_weight)                 # (B T, d)
-        qkv = matmul(x_q, layer.w, x.dtype).view(*x.shape[:2], -1, config.head_dim)
+    def forward(ctx, x, norm_weight, weight, cos, sin, block):
+        c, kv_heads = block.config, block.config.kv_dim // block.config.head_dim
+        x_q = block.norm1(x.flatten(0, 1), quantize_norm)                               # (B T, d)
+        qkv = matmul(x_q, block.qkv.w, x.dtype).view(*x.shape[:2], -1, c.head_dim)
         qk = qkv[:, :, :-kv_heads]
         rope_into(qk, qk, cos, sin)
         ctx.save_for_backward(x, norm_weight, cos, sin, x_q.data, x_q.scale)
-        ctx.layer, ctx.kind = layer, config.norm
-        return *qkv.split((config.heads, kv_heads, kv_heads), dim=2), x
+        ctx.block, ctx.kind = block, c.norm
+        return *qkv.split((c.heads, kv_heads, kv_heads), dim=2), x   # one tensor, which attention saves
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
-        (x, norm_weight, cos, sin, *x_q), layer = ctx.saved_tensors, ctx.layer
+        x, norm_weight, cos, sin, *x_q = ctx.saved_tensors
         dy_q = quantize_norm(qkv_gradient(dq, dk, dv, cos, sin), "none")              # (B T, d + 2 kv_dim)
-        dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), layer, x.dtype)
+        dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), ctx.block.qkv, x.dtype)
         dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, ctx.kind, residual.flatten(0, 1))
-        return dx.view_as(x), d_norm, dw, None, None, None, None
+        return dx.view_as(x), d_norm, dw, None, None, None
 
 
 def qkv_gradient(dq, dk, dv, cos, sin):
@@ -525,17 +504,14 @@ def qkv_gradient(dq, dk, dv, cos, sin):
 
 
 class OutNormSwiGLU(torch.autograd.Function):
-    """Compute x = x + out(y), then x + down(silu(gate(norm(x))) * up(norm(x))), of x, y (T, d).
-
-    It is one function because the gradient of [gate, up] is FP8, and between functions autograd passes BF16.
-    Saved for the backward pass: x + out(y), and in FP8 y, norm(x), [gate, up] and silu(gate) * up.
-    """
+    """Compute x = x + out(y), then x + down(silu(gate(norm(x))) * up(norm(x))), of x, y (T, d). It is one
+    function because the gradient of [gate, up] is FP8, and between functions autograd passes BF16."""
 
     @staticmethod
     def forward(ctx, x, y, norm_weight, out_weight, gate_up_weight, down_weight, block):
         y_q = quantize_norm(y, "none")
         x = matmul(y_q, block.out.w, x.dtype, add=x)
-        x_q = quantize_input(x, block.config.norm, norm_weight)
+        x_q = block.norm2(x, quantize_norm)                                           # (T, d)
         h = matmul(x_q, block.gate_up.w, x.dtype)                                     # (T, 2 ffn)
         a_q, h_q = quantize_swiglu(h)                                                 # (T, ffn), (T, 2 ffn)
         ctx.save_for_backward(x, norm_weight, *(t for q in (y_q, x_q, h_q, a_q) for t in (q.data, q.scale)))
@@ -556,51 +532,44 @@ class OutNormSwiGLU(torch.autograd.Function):
 
 
 class FusedMixture(torch.autograd.Function):
-    """Compute `mixture` with one quantization of X and one of dY per token: both travel as FP8 rows.
-
-    Saved for the backward pass: x, and in FP8 norm(x), and of each row [gate, up] and p silu(gate) up.
-    """
+    """Compute `mixture` of x (T, d) with one quantization of X and one of dY per token, not one per choice:
+    the copies in the rows are copies of FP8. X is saved as (T, d), and copied again for wgrad."""
 
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
         p, chosen = block.router(block.norm2(x))
         r = route(chosen, block.config.experts)
-        p = in_rows(p, r)                                                                 # (R,)
-        x_q = quantize_input(x, block.config.norm, norm_weight)                           # (T, d)
+        p = r.in_rows(p)                                                                  # (R,)
+        x_q = block.norm2(x, quantize_norm)                                               # (T, d)
         h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
         a_q, h_q = quantize_swiglu(h, p)                                             # (R, ffn), (R, 2 ffn)
         y = matmul(a_q, block.down.w, x.dtype, groups=r.groups)                           # (R, d)
-        ctx.save_for_backward(x, norm_weight, p, *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
-        ctx.block, ctx.routes = block, r
+        ctx.save_for_backward(x, norm_weight, p, r.token, r.row, r.groups.first, r.groups.of_tile,
+                              *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
+        ctx.block = block
         ctx.mark_non_differentiable(r.load)
         return move(y, r.row, x), r.load
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, _):
-        (x, norm_weight, p, *saved), block, r = ctx.saved_tensors, ctx.block, ctx.routes
+        (x, norm_weight, p, token, row, first, of_tile, *saved), block = ctx.saved_tensors, ctx.block
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
-        dy_q = take(quantize_norm(dz, "none"), r.token)                                   # (R, d)
-        da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, r.groups)           # (R, ffn)
+        groups = Groups(first, of_tile)
+        dy_q = take(quantize_norm(dz, "none"), token)                                     # (R, d)
+        da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
-        dx, dw_gate_up = linear_backward(dh_q, take(x_q, r.token), block.gate_up, x.dtype, r.groups)
+        dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
         n, weight = block.norm2(x).requires_grad_(), block.router.weight
         with torch.enable_grad():   # the router once more; its bias is still the same
-            inputs = [n] + [weight] * weight.requires_grad
-            dn, *dw = torch.autograd.grad(block.router(n)[0], inputs, dp[r.row])
-        dx, d_norm = norm_backward(move(dx, r.row, dn), x, norm_weight, block.config.norm, dz)
+            dn, *dw = torch.autograd.grad(block.router(n)[0], [n] + [weight] * weight.requires_grad, dp[row])
+        dx, d_norm = norm_backward(move(dx, row, dn), x, norm_weight, block.config.norm, dz)
         return dx, d_norm, dw[0] if dw else None, dw_gate_up, dw_down, None
 
 
 def take(q, index):
-    """Return rows q[index] of Quantized q, which has one scale per row."""
-    data = q.data.view(torch.int64)[index].view(q.data.dtype)   # 8 bytes at a time
-    return Quantized(data, q.scale[index], q.block)
-
-
-def quantize_input(x, kind, norm_weight):
-    """Return Quantized norm(x) of x (T, d), one power of two per token. The weight is rounded as by Norm."""
-    return quantize_norm(x, kind, None if norm_weight is None else norm_weight.to(x.dtype))
+    """Return rows q[index] of Quantized q, which has one scale per row. They move 8 bytes at a time."""
+    return Quantized(q.data.view(torch.int64)[index].view(q.data.dtype), q.scale[index], q.block)
 
 
 def linear_backward(dy, x, layer, dtype, groups=None):
@@ -617,21 +586,16 @@ def linear_backward(dy, x, layer, dtype, groups=None):
 
 @compiled
 def norm_backward(dy, x, weight, kind, d_residual):
-    """Return dx + d_residual (T, d) and d weight (d) or None, of y = norm(x) weight, for dy (T, d).
-
-        x_hat = (x - mean) / deviation,  g = dy weight,  dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation
-
-    In float32. RMSNorm subtracts no mean: there mean and mean(g) are 0.
-    """
-    dtype, centered = dy.dtype, kind == "layer"
-    x, dy = x.float(), dy.float()
-    x = x - x.mean(-1, keepdim=True) if centered else x
+    """Return dx + d_residual (T, d) and d weight (d) or None, of y = norm(x) weight for dy (T, d). In float32
+    dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation, g = dy weight. RMSNorm subtracts no mean(g)."""
+    dtype, x, dy = dy.dtype, x.float(), dy.float()
+    x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
     inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     x_hat = x * inverse
     d_weight = None if weight is None else (dy * x_hat).sum(0)
     g = dy if weight is None else dy * weight.to(dtype).float()   # the forward pass rounds it, too
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-    dx = dx - g.mean(-1, keepdim=True) if centered else dx
+    dx = dx - g.mean(-1, keepdim=True) if kind == "layer" else dx
     return (dx * inverse + d_residual.float()).to(dtype), d_weight
 
 
@@ -677,18 +641,16 @@ def flops_per_token(model):
 
 def idle_weights(model):
     """Return how many weights a token does not meet: those of the experts that it does not choose."""
-    c = model.config
-    weights = sum(m.weight.numel() for m in model.linears() if m.experts)
-    return weights * (c.experts - c.top_k) // max(c.experts, 1)
+    top_k = model.config.top_k
+    return sum(m.weight.numel() // m.experts * (m.experts - top_k) for m in model.linears() if m.experts)
 
 
 def memory(model, tokens, ranks=1, element=2):
-    """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number.
-    Weights, gradients and two Adam moments are FP32. Each of several ranks (train.py --shard) keeps a share
-    of the moments, and of the weights of the blocks' linear layers. Scales, up to 3% of FP8, are left out."""
+    """Return the bytes of a training step over this many tokens, by use; `element` bytes per BF16 number. Of
+    several ranks (train.py --shard) each keeps a share of the moments and of the blocks' linear weights."""
     linear = sum(layer.weight.numel() for layer in model.linears())
     total, (vocab, d) = sum(p.numel() for p in model.parameters()), model.head.weight.shape
-    saved = [saved_by_block(block, element) for block in model.blocks]
+    saved = [saved_by_block(block, element) for block in model.blocks]   # without scales, up to 3% of FP8
     if model.recompute == "block":   # the inputs of all blocks, and all of one block
         saved = [max(saved), element * d * (len(saved) - 1)]
     saved += [element * (2 * d + vocab)]   # input and output of the last norm, gradient of the logits
@@ -698,16 +660,13 @@ def memory(model, tokens, ranks=1, element=2):
 
 
 def saved_by_block(block, element):
-    """Return the bytes per token that a block saves for the backward pass."""
-    qkv, out, *hidden, down = layers = [m for m in block.modules() if isinstance(m, Linear)]
-    rows = block.config.top_k or 1   # of the experts' products, for each token
-    (width, d), ffn = qkv.weight.shape, down.weight.shape[1] * rows
-    inputs = sum(m.weight.shape[1] for m in layers[:-1]) + ffn + (0 if block.fused else d * (rows - 1))
-    hidden = sum(m.weight.shape[0] // (m.experts or 1) for m in hidden) * rows
-    saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
-    saved += inputs if qkv.recipe else element * (inputs - d)   # in BF16 `out` reads the attention output
-    # [gate, up]; layer by layer also q and k before RoPE, and silu(gate)
-    return saved + (hidden if block.fused else element * (hidden + width - block.config.kv_dim + ffn))
+    """Return the bytes per token that a block saves for the backward pass, without rows that fill up."""
+    c, rows = block.config, block.config.top_k or 1   # of [gate, up], for each token
+    qk, ffn = c.d + c.kv_dim, rows * c.ffn   # layer by layer, q, k before RoPE and silu(gate) are saved, too
+    inputs = 3 * c.d + ffn + (0 if block.fused else (rows - 1) * c.d)   # of the linear layers
+    saved = element * (3 * c.d + qk + c.kv_dim)   # the inputs of both halves, the attention output, q, k, v
+    saved += inputs if block.qkv.recipe else element * (inputs - c.d)   # in BF16 `out` reads that output
+    return saved + (2 * ffn if block.fused else element * (3 * ffn + qk))
 
 
 if __name__ == "__main__":
@@ -720,8 +679,7 @@ if __name__ == "__main__":
         size, flops = sum(p.numel() for p in models["none"].parameters()), flops_per_token(models["none"])
         active = f" ({size - idle_weights(models['none']):,} active)" if config.experts else ""
         print(f"{preset}: {size:,} parameters{active}, {flops / 1e9:.2f} GFLOP per token; GiB for one "
-              f"sequence of {config.seq}:\n    {'':12}"
-              + "".join(f"{use:>13}" for use in (*uses["none"], "total")))
+              f"sequence of {config.seq}:\n{'':16}" + "".join(f"{k:>13}" for k in (*uses["none"], "total")))
         for run, use in uses.items():
             print(f"    {run:12}" + "".join(f"{v / 2**30:13.3f}" for v in (*use.values(), sum(use.values()))))
         print()

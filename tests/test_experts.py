@@ -72,7 +72,7 @@ def test_every_choice_has_a_row_of_its_own_among_those_of_its_expert(name, align
         assert (of_tile == e).all()
     assert torch.equal(r.token[r.row], torch.arange(T, device=DEVICE)[:, None].expand(T, k))
     p = torch.rand(T, k).to(DEVICE)
-    rows = m.in_rows(p, r)
+    rows = r.in_rows(p)
     assert torch.equal(rows[r.row], p) and (rows > 0).sum() == (p > 0).sum()
     assert 0 <= r.token.min() and r.token.max() < T   # the rows that fill up are some token's as well
 
@@ -200,8 +200,8 @@ def test_a_weight_with_a_scale_for_each_expert_is_that_of_each_expert_alone(kern
     for e in range(4):
         alone = ms.quantize_weight(weight[48 * e:48 * (e + 1)], RECIPES["moss"], scale[e:e + 1])
         for q, axis, exact in ((w, 0, alone[0]), (w_t, 1, alone[1])):
-            assert torch.equal(m.of_expert(q, e, 4, axis).data.float(), exact.data.float())
-            assert torch.equal(m.of_expert(q, e, 4, axis).dequantize(), exact.dequantize())
+            assert torch.equal(m.by_expert(q, 4, axis)[e].data.float(), exact.data.float())
+            assert torch.equal(m.by_expert(q, 4, axis)[e].dequantize(), exact.dequantize())
 
 
 def test_a_scale_for_each_expert_is_measured_and_predicted_as_if_it_were_a_weight_of_its_own():
