@@ -605,13 +605,14 @@ def norm_backward(dy, x, weight, kind, d_residual):
 def shares_lost(x, dy, recipe):
     """Return the shares of X (T, K) and ("_grad") of dY (T, N) that saturate, and that folding blocks of 32
     into a scale per token changes; and ("folded_wgrad") of FP8 dY, that the fold across tokens changes."""
-    fmt = FORMATS[recipe.grad_format]
+    rows = x.any(1) & dy.any(1)   # one of both is zero where a row fills up those of an expert
+    x, dy, fmt = x[rows], dy[rows], FORMATS[recipe.grad_format]
     x_q, dy_q = (quantize(z, f, recipe.act_block, recipe.rule) for z, f in ((x, E4M3), (dy, fmt)))
     shares = {"saturated": saturated_share(x, x_q), "saturated_grad": saturated_share(dy, dy_q)}
     if recipe.act_block == (1, ALL):
         exact = uncast(dy_q.data) * wgrad_factor(dy_q, x_q)[0]
         shares |= {"folded": fold_loss(x)[0], "folded_grad": fold_loss(dy, fmt)[0],
-                   "folded_wgrad": (uncast(cast(exact, fmt)) != exact).float().mean()}
+                   "folded_wgrad": (uncast(cast(exact, fmt)) != exact).float().mean().nan_to_num()}
     return shares
 
 

@@ -419,6 +419,17 @@ def test_a_model_counts_the_tokens_of_each_expert_and_a_step_moves_no_bias():
     assert all((block.router.bias == 0).all() for block in model.blocks)
 
 
+def test_what_is_watched_leaves_out_the_rows_that_fill_up():
+    """They are zero in the input of down and in the gradient of gate_up, and most rows of few tokens."""
+    x, dy = random(64, 128), random(64, 128, seed=1)
+    x[:, 5] *= 1e-6   # which folding changes
+    expected = m.shares_lost(x, dy, RECIPES["moss"])
+    for z in (x, dy):
+        filled = [torch.cat((each, each[:1].expand(192, -1) * (each is not z))) for each in (x, dy)]
+        assert m.shares_lost(*filled, RECIPES["moss"]) == expected
+    assert all(share == 0 for share in m.shares_lost(x[:0], dy[:0], RECIPES["moss"]).values())
+
+
 @pytest.mark.parametrize("change", [dict(experts=4), dict(top_k=2, experts=0), dict(top_k=5), dict(top_k=-1)])
 def test_impossible_numbers_of_experts_are_refused(change):
     with pytest.raises(ValueError, match="top_k"):
