@@ -927,7 +927,8 @@ def restore(run, saved):
         was = saved["model_config"].get(name, value)
         need(name == "seq" or was == value,
              f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
-    parts = [torch.load(saved["path"] / name, map_location="cpu", mmap=True) for name in saved["files"]]
+    parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
+             for name in saved["files"]]   # weights_only: no code of a file's is run
     kept = {name: values for part in parts for name, values in part["parameters"].items()}
     for name, p in run.model.named_parameters():
         if run.mine(p):
