@@ -406,6 +406,16 @@ def start(c):
     return ranks, saved
 
 
+def make_model(c, device, vocab):
+    """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
+    with blaming(f"--model {c.model}"), torch.device(device):
+        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
+        model = Transformer(config, c.fp8, c.recompute)
+    if device.type == "cuda" and c.fp8 == "none":
+        model.compile(dynamic=False)
+    return model
+
+
 def build(c, ranks, saved=None):
     """Return a run: data (not for --bench), model, optimizer and scales, as in `saved` if that is given."""
     with blaming("--data"):
@@ -416,11 +426,7 @@ def build(c, ranks, saved=None):
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1)
     run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
     torch.manual_seed(c.seed)
-    with blaming(f"--model {c.model}"), torch.device(ranks.device):
-        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
-        run.model = run.ddp = Transformer(config, c.fp8, c.recompute)
-    if ranks.device.type == "cuda" and c.fp8 == "none":   # of FP8, model.py compiles parts
-        run.model.compile(dynamic=False)
+    run.model = run.ddp = make_model(c, ranks.device, vocab)
     for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     run.owner = owners(run.model, ranks.world)
