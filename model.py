@@ -662,12 +662,15 @@ def memory(model, tokens, ranks=1, element=2):
 
 def saved_by_block(block, element):
     """Return the bytes per token that a block saves for the backward pass, without rows that fill up."""
-    c, rows = block.config, block.config.top_k or 1   # of [gate, up], for each token
-    qk, ffn = c.d + c.kv_dim, rows * c.ffn   # layer by layer, q, k before RoPE and silu(gate) are saved, too
-    inputs = 3 * c.d + ffn + (0 if block.fused else (rows - 1) * c.d)   # of the linear layers
-    saved = element * (3 * c.d + qk + c.kv_dim)   # the inputs of both halves, the attention output, q, k, v
-    saved += inputs if block.qkv.recipe else element * (inputs - c.d)   # in BF16 `out` reads that output
-    return saved + (2 * ffn if block.fused else element * (3 * ffn + qk))
+    qkv, out, *hidden, down = [m for m in block.modules() if isinstance(m, Linear)]
+    rows = block.config.top_k or 1   # of the experts' products, for each token
+    (width, d), ffn = qkv.weight.shape, rows * down.weight.shape[1]
+    inputs = d + out.weight.shape[1] + d * (1 if block.fused else rows) + ffn   # of the linear layers
+    hidden = rows * sum(m.weight.shape[0] // (m.experts or 1) for m in hidden)   # [gate, up]
+    saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
+    saved += inputs if qkv.recipe else element * (inputs - d)   # in BF16 `out` reads the attention output
+    # layer by layer also q and k before RoPE, and silu(gate)
+    return saved + (hidden if block.fused else element * (hidden + width - block.config.kv_dim + ffn))
 
 
 if __name__ == "__main__":

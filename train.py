@@ -467,7 +467,7 @@ def scale_health(run, tokens, targets):
 def first_non_finite(run, step):
     """Return what is not finite: the first such output of a layer, else the first gradient from the end."""
     def look(name, x):
-        if x is not None and not x.isfinite().all():
+        if x is not None and not all(y.isfinite().all() for y in (x if isinstance(x, tuple) else (x,))):
             bad.append(name)
     bad = []
     # Blocks with hooks run layer by layer. A module ends before the one that holds it.

@@ -105,6 +105,15 @@ def test_activation_count_equals_what_autograd_keeps(fp8, recompute, change):
     assert kept_by_autograd(make(config, fp8, recompute), x) == pytest.approx(expected, rel=0.02)
 
 
+def test_activations_are_counted_from_the_modules_of_a_fork():
+    model = Transformer(WIDE, "moss")
+    before = m.memory(model, 64)["activations"]
+    model.blocks[1].gate_up, model.blocks[1].down = (Linear(*shape, model.recipe, "") for shape in (
+        (256, 2 * 128), (128, 256)))   # ffn 128 in place of 512
+    # [gate, up] and their product
+    assert before - m.memory(model, 64)["activations"] == 64 * (3 * 512 - 3 * 128)
+
+
 def test_ranks_share_moments_and_the_weights_of_quantized_layers():
     model = Transformer(WIDE, "moss")
     alone, shared = (m.memory(model, 64, ranks) for ranks in (1, 4))

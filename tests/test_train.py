@@ -1110,6 +1110,13 @@ def test_outputs_that_stay_bad_end_the_run_which_names_the_layer(recipe, value, 
     assert [word for word in words if word not in err] == [], err
 
 
+def test_a_mixture_whose_gradients_stay_bad_ends_the_run_in_one_line(tiny, monkeypatch, capsys):
+    """Its blocks and routers return tuples."""
+    poison(monkeypatch, range(9))
+    printed = said(tiny("--model nano-moe --fp8 moss --max_skips 2"), capsys, 1)
+    assert "first the gradient of blocks.0.down.weight" in printed.err
+
+
 @pytest.mark.parametrize("recipe", ["none", "moss"])
 @pytest.mark.parametrize("factor, first", [(math.nan, "the gradient of blocks.0.down.weight"),
                                            (1e36, "the loss or the norm of the gradient")])   # all is finite
