@@ -20,7 +20,6 @@ that of A B^T. W^T, dY^T and X^T are copies that are stored transposed.)
     dgrad   dX (T, K) = dY  (T, N)  W^T(K, N)^T       sums over the outputs N
     wgrad   dW (N, K) = dY^T(N, T)  X^T(K, T)^T       sums over the tokens T
 """
-
 import statistics
 from dataclasses import dataclass
 from functools import cache, partial
@@ -96,8 +95,7 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, gr
 def kernel_can_multiply(a, b, groups=None, way="fprop"):
     """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
     fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
-    E = groups.count if groups and way != "wgrad" else 1   # scales of b
-    leaves = b.block == (ALL, ALL) if E == 1 else b.scale.numel() == E
+    leaves = b.scale.numel() == groups.count if groups and way != "wgrad" else b.block == (ALL, ALL)
     after = a.block in ((1, ALL), (ALL, ALL)) and leaves
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
     return fp8 and (after or inside and not groups)
@@ -276,39 +274,40 @@ if HAS_TRITON:
         return tl.reshape(tl.permute(rest, (0, 2, 1)), acc.shape), pair
 
     @triton.jit
-    def store_tile(tile, c_desc, c_ptr, add_ptr, m0, n0, M, N):
-        m = m0 + tl.arange(0, tile.shape[0])
-        n = n0 + tl.arange(0, tile.shape[1])
-        at = m.to(tl.int64)[:, None] * N + n[None, :]
-        inside = (m < M)[:, None] & (n < N)[None, :]
+    def store_tile(tile, c_desc, c_ptr, add_ptr, m0, n0, M, N, ADDS: tl.constexpr):
+        m = m0 + tl.arange(0, tile.shape[0])[:, None]
+        n = n0 + tl.arange(0, tile.shape[1])[None, :]
+        at, inside = m.to(tl.int64) * N + n, (m < M) & (n < N)
         if add_ptr is not None:
             tile += tl.load(add_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if c_desc is not None:
-            c_desc.store([m0, n0], tile.to(c_ptr.dtype.element_ty))
+        tile = tile.to(c_ptr.dtype.element_ty)
+        if ADDS:
+            c_desc.atomic_add([m0, n0], tile)
+        elif c_desc is not None:
+            c_desc.store([m0, n0], tile)
         else:
-            tl.store(c_ptr + at, tile.to(c_ptr.dtype.element_ty), mask=inside)
+            tl.store(c_ptr + at, tile, mask=inside)
 
     @triton.jit
     def _gemm_kernel(a_desc, b_desc, c_desc, c_ptr, add_ptr, a_scale_ptr, b_scale_ptr, M, N, K,
                      first_ptr, of_tile_ptr, GROUPS: tl.constexpr, WAY: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PROGRAMS: tl.constexpr, IN_LOOP: tl.constexpr, PROMOTE: tl.constexpr,
-                     A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, PARTS: tl.constexpr):
+                     A_PER_ROW: tl.constexpr, B_ROWS: tl.constexpr, PARTS: tl.constexpr, ADDS: tl.constexpr):
         """Compute C (M, N) = scale_a scale_b A (M, K) B (N, K)^T [+ add]. PROGRAMS programs share its tiles.
 
         IN_LOOP     scales (K/BLOCK_K, M) and (K/BLOCK_K, N/B_ROWS) multiply every partial product. Otherwise
                     they are applied once, at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
         PROMOTE     0: the tensor core keeps the sum; p: the sum is promoted every p x BLOCK_K of K.
         PARTS       the tile leaves through shared memory in halves or quarters, which fit beside A and B.
+        ADDS        the L2 cache adds the tile to C. Each number gets one addend: no order is left to chance.
         GROUPS      > 0: so many groups of rows, as in `grouped_reference`; WAY is fprop, dgrad or wgrad.
         The tensor memory accelerator (TMA) loads A and B: past their edges zeros, which add nothing.
         """
         GROUP_M: tl.constexpr = 12  # walk tiles in columns of 12: the 132 SMs share 12 of A and 11 of B in L2
         # rows at the end have no group, and their outputs no meaning
         rows = tl.load(first_ptr + GROUPS) if GROUPS and WAY != "wgrad" else M
-        tiles_m = tl.cdiv(rows, BLOCK_M)
-        tiles_n = tl.cdiv(N, BLOCK_N)
-        k_tiles = tl.cdiv(K, BLOCK_K)
+        tiles_m, tiles_n, k_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
         FLATTEN: tl.constexpr = not PROMOTE and not IN_LOOP   # fetch the next tile while this one is written
         for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
             first_m = tile // (GROUP_M * tiles_n) * GROUP_M
@@ -360,9 +359,9 @@ if HAS_TRITON:
                 left *= scale[:, None]
                 right *= scale[:, None]
             tiles = halves(left) + halves(right) if PARTS == 4 else (left, right)
-            store_tile(tiles[0], c_desc, c_ptr, add_ptr, m0, n0, M, N)
+            store_tile(tiles[0], c_desc, c_ptr, add_ptr, m0, n0, M, N, ADDS)
             for i in tl.static_range(1, PARTS):
-                store_tile(tiles[i], c_desc, c_ptr, add_ptr, m0, n0 + i * (BLOCK_N // PARTS), M, N)
+                store_tile(tiles[i], c_desc, c_ptr, add_ptr, m0, n0 + i * (BLOCK_N // PARTS), M, N, ADDS)
 
     def tile_shape(M, N, sms, in_loop=False, hopper=True):
         """Return (BLOCK_M, BLOCK_N, warps, stages, programs per SM): the largest tile that occupies all SMs.
@@ -393,15 +392,17 @@ if HAS_TRITON:
         c = torch.empty(M, N, device=a.data.device, dtype=out_dtype) if out is None else out
         parts = 4 if BLOCK_N == 256 and (c.element_size() > 2 or add is not None) else 2
         tma_store = N * c.element_size() % 16 == 0 and c.data_ptr() % 16 == 0   # or TMA cannot write C
+        adds = tma_store and add is c and c.dtype == torch.float32 and not triton.knobs.runtime.interpret
         grouped = (groups.first, groups.of_tile, groups.count) if groups else (None, None, 0)
         scales = [(s.float().t() if in_loop else s.float()).contiguous() for s in (a.scale, b.scale)]
         _gemm_kernel[(min(sms * programs, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)),)](
             TensorDescriptor.from_tensor(a.data.contiguous(), [BLOCK_M, BLOCK_K]),
             TensorDescriptor.from_tensor(b.data.contiguous(), [BLOCK_N, BLOCK_K]),
             TensorDescriptor.from_tensor(c, [BLOCK_M, BLOCK_N // parts]) if tma_store else None,
-            c, add, *scales, M, N, K, *grouped, way, BLOCK_M, BLOCK_N, BLOCK_K, PROGRAMS=sms * programs,
-            IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0, A_PER_ROW=int(a.block[0] == 1),
-            B_ROWS=max(b.block[0], 1), PARTS=parts, num_warps=warps, num_stages=stages)
+            c, None if adds else add, *scales, M, N, K, *grouped, way, BLOCK_M, BLOCK_N, BLOCK_K,
+            PROGRAMS=sms * programs, IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0,
+            A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1), PARTS=parts, ADDS=adds,
+            num_warps=warps, num_stages=stages + adds)
         return c
 
 
@@ -419,8 +420,7 @@ def relative_error(y, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def product_error(y, a, b, add=0.0):
-    """Return the relative error of y against A B^T + add in float64, for Quantized a and b."""
+def product_error(y, a, b, add=0.0):   # in float64
     return relative_error(y, a.dequantize().double() @ b.dequantize().double().t() + add)
 
 

@@ -304,6 +304,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 capability = cache(torch.cuda.get_device_capability)   # it is asked for before every launch
 
 
+@torch.compiler.assume_constant_result
 def kernels_run_on(device):
     """Return whether our kernels run there: NVIDIA, compute capability 9.0 (Hopper) or newer, with Triton.
     ValueError for such a GPU that is not the current one, where Triton would start the kernel."""
@@ -406,6 +407,17 @@ def rope_into(out, x, cos, sin):
         rope_triton(out, x, cos, sin)
     else:
         out.copy_(rope(x, cos, sin))
+
+
+def combine(x, rows, add=None):
+    """Return x[rows[t, 0]] + x[rows[t, 1]] + ... (T, C) of x (R, C), for rows (T, k) int64, plus add (T, C).
+    They are added in float32 and in this order, so that equal runs give equal bits."""
+    expect("x", x, (None, None), "rows to add up")
+    expect("add", add, (len(rows), x.shape[1]), "one row for each sum")
+    if kernels_take(x) and x.shape[1] <= MAX_COLUMNS:
+        return combine_triton(x, rows, add)
+    total = x[rows].float().sum(1)
+    return (total if add is None else total + add).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -603,11 +615,14 @@ if HAS_TRITON:
             store_row(h_q_ptr, gate * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
             store_row(h_q_ptr + F, up * h_inverse, r, c, F, 2 * F, EVICT="evict_first")
 
+    def row_launch(C):   # with 16 numbers a thread; 8 warps for 1024 would take 1.5 times as long
+        block = min(power_of_two_from(C), 4096)
+        return {"BLOCK": block, "num_warps": max(block // 512, 1)}
+
     def quantize_swiglu_triton(h, p=None):
         R, ffn = h.shape[0], h.shape[1] // 2
         a, h_q = (empty_rows(R, n, h.device) for n in (ffn, 2 * ffn))
-        _swiglu_kernel[(R,)](h.contiguous(), p, a.data, a.scale, h_q.data, h_q.scale, ffn,
-                             BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+        _swiglu_kernel[(R,)](h.contiguous(), p, a.data, a.scale, h_q.data, h_q.scale, ffn, **row_launch(ffn))
         return a, h_q
 
     @triton.jit
@@ -645,7 +660,7 @@ if HAS_TRITON:
         q = empty_rows(R, 2 * ffn, da.device)
         _swiglu_backward_kernel[(R,)](
             h.data.contiguous(), h.scale.contiguous(), da.contiguous(), p, q.data, q.scale, dp, ffn,
-            BLOCK=min(power_of_two_from(ffn), 4096), num_warps=8)
+            **row_launch(ffn))
         return q if p is None else (q, dp)
 
     @triton.jit
@@ -673,6 +688,26 @@ if HAS_TRITON:
         _rope_kernel[(cdiv(B * T, 2), cdiv(pairs, width))](
             out, x, cos.contiguous(), sin.contiguous(), B * T, T, pairs, *out.stride()[:3], *x.stride()[:3],
             HALF=head_dim // 2, ROWS=2, PAIRS=width, num_warps=4)
+
+    @triton.jit
+    def _combine_kernel(x_ptr, rows_ptr, add_ptr, out_ptr, C, K: tl.constexpr, BLOCK: tl.constexpr):
+        """Compute `combine` of one token."""
+        t, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.static_range(K):
+            row = tl.load(rows_ptr + t * K + i)
+            total += tl.load(x_ptr + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+        if add_ptr is not None:
+            total += tl.load(add_ptr + t * C + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(out_ptr + t * C + c, total.to(out_ptr.dtype.element_ty), mask=c < C)
+
+    def combine_triton(x, rows, add=None):
+        (T, k), C = rows.shape, x.shape[1]
+        add = None if add is None else add.contiguous()
+        out = torch.empty(T, C, device=x.device, dtype=x.dtype)
+        _combine_kernel[(T,)](x.contiguous(), rows.contiguous(), add, out, C, K=k, BLOCK=power_of_two_from(C),
+                              num_warps=4 if C <= 4096 else 8)
+        return out
 
     @triton.jit
     def _transpose_kernel(q_ptr, factor_ptr, out_ptr, R, C, HAS_FACTOR: tl.constexpr, IS_E4M3: tl.constexpr,

@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from fp8_formats import E4M3, FORMATS, cast, uncast
 from gemm_kernel import Groups, fp8_linear, grouped_reference, matmul, transpose_for_wgrad, wgrad_factor
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
-                        fold_loss, quantize, quantize_norm, quantize_swiglu, quantize_swiglu_gradient,
-                        quantize_weight, rope, rope_into, saturated_share, scale_from_amax, swiglu)
+                        combine, fold_loss, quantize, quantize_norm, quantize_swiglu,
+                        quantize_swiglu_gradient, quantize_weight, rope, rope_into, saturated_share,
+                        scale_from_amax, swiglu)
 
 
 @dataclass(frozen=True)
@@ -339,17 +340,17 @@ def mixture(block, x):
     The rows are sorted by expert, so that each multiplies a group of neighbors, and their results are added
     up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass."""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
-    p, chosen = block.router(n)                                                           # (T, top_k)
+    score, chosen = block.router(n)                                                       # (T, top_k)
     r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
     h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
-    a = compiled_swiglu(h) * r.in_rows(p)[:, None]                                        # (R, ffn)
+    a = compiled_swiglu(h) * r.in_rows(shares(score))[:, None]                            # (R, ffn)
     y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
     return x + Move.apply(y, r.row, r.token).view_as(x), r.load
 
 
 class Router(nn.Module):
-    """Choose top_k of E experts for each token, with probabilities p. `balance` moves the bias, which steers
-    who is chosen and not how much that counts, so the loss needs no term for it (arXiv 2408.15664).
+    """Choose top_k of E experts for each token. They count as much as their share p of the scores. `balance`
+    moves a bias, which steers who is chosen and nothing else: no term of the loss has to (arXiv 2408.15664).
 
         score = sigmoid(W x)    chosen: the top_k largest score + bias    p = score / sum of the chosen scores
     """
@@ -361,17 +362,36 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.experts), requires_grad=False)   # checkpoints have it
 
     def forward(self, x):
-        """Return p (T, top_k) float32 and the chosen experts (T, top_k) int64 of x (T, d)."""
-        score = F.linear(x.float(), self.weight.float()).sigmoid()                        # (T, E)
-        chosen = (score + self.bias).topk(self.top_k).indices
-        p = score.gather(1, chosen)
-        return p / p.sum(1, keepdim=True), chosen
+        """Return the chosen experts of x (T, d), (T, top_k) int64, and before them their scores, float32."""
+        return choose(x, self.weight, self.bias, self.top_k)
 
     @torch.no_grad()
     def balance(self, load, rate=1e-3):
         """Raise the bias of experts that got fewer tokens than the mean, `load` (E,); lower the others'."""
         self.bias.add_(rate * (load.mean() - load).sign())
         self.bias.sub_(self.bias.mean())
+
+
+@compiled
+def choose(x, weight, bias, top_k):
+    score = F.linear(x.float(), weight.float()).sigmoid()                                 # (T, E)
+    chosen = (score + bias).topk(top_k).indices                                           # (T, top_k)
+    return score.gather(1, chosen), chosen
+
+
+def shares(score):
+    """Return p of the chosen scores (T, top_k)."""
+    return score / score.sum(1, keepdim=True)
+
+
+@compiled
+def router_gradient(dp, score, chosen, x, weight):
+    """Return the gradients of x (T, d) and W (E, d) from dp (T, top_k), that of p. With S the sum of scores,
+    d score = (dp - sum(dp p)) / S, and d(W x) = d score score (1 - score)."""
+    p, total = shares(score), score.sum(1, keepdim=True)
+    d_score = (dp - (dp * p).sum(1, keepdim=True)) / total
+    dz = score.new_zeros(len(x), len(weight)).scatter(1, chosen, d_score * score * (1 - score))
+    return (dz @ weight.float()).to(x.dtype), (dz.t() @ x.float()).to(weight.dtype)
 
 
 @dataclass
@@ -389,6 +409,7 @@ class Routes:
         return p.new_zeros(len(self.token)).scatter(0, self.row.flatten(), p.flatten())
 
 
+@compiled
 def route(chosen, E, align=128):
     """Return the Routes of the chosen experts (T, top_k), of E. Each begins at a multiple of `align`."""
     (T, k), device = chosen.shape, chosen.device
@@ -400,14 +421,13 @@ def route(chosen, E, align=128):
     rows = torch.arange(T * k, device=device) + filled[expert]                # (T k,): of the sorted choices
     token = torch.full((R,), T - 1, device=device).scatter(0, rows, order // k)
     row = torch.empty_like(order).scatter(0, order, rows).view(T, k)
-    of_tile = torch.bucketize(torch.arange(0, R, align, device=device), first[1:-1], right=True)
+    of_tile = (torch.arange(0, R, align, device=device)[:, None] >= first[1:-1]).sum(1)
     return Routes(token, row, load.float(), Groups(first.int(), of_tile.int()))
 
 
-@compiled
-def move(x, source, add=0):
-    """Return rows x[source], or for `source` (T, k) sums of k rows, in float32 and in order, plus `add`."""
-    return x[source] if source.dim() == 1 else (x[source].float().sum(1) + add).to(x.dtype)
+def move(x, source):
+    """Return rows x[source]; of `source` (T, k) the sums of k rows each."""
+    return x[source] if source.dim() == 1 else combine(x, source)
 
 
 class Move(torch.autograd.Function):
@@ -537,34 +557,32 @@ class FusedMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
-        p, chosen = block.router(block.norm2(x))
+        score, chosen = block.router(block.norm2(x))                                      # (T, top_k)
         r = route(chosen, block.config.experts)
-        p = r.in_rows(p)                                                                  # (R,)
+        p = r.in_rows(shares(score))                                                      # (R,)
         x_q = block.norm2(x, quantize_norm)                                               # (T, d)
         h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
         a_q, h_q = quantize_swiglu(h, p)                                             # (R, ffn), (R, 2 ffn)
         y = matmul(a_q, block.down.w, x.dtype, groups=r.groups)                           # (R, d)
-        ctx.save_for_backward(x, norm_weight, p, r.token, r.row, r.groups.first, r.groups.of_tile,
-                              *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
+        ctx.save_for_backward(x, norm_weight, score, chosen, p, r.token, r.row, r.groups.first,
+                              r.groups.of_tile, *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
         ctx.block = block
         ctx.mark_non_differentiable(r.load)
-        return move(y, r.row, x), r.load
+        return combine(y, r.row, x), r.load
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, _):
-        (x, norm_weight, p, token, row, first, of_tile, *saved), block = ctx.saved_tensors, ctx.block
+        (x, norm_weight, score, chosen, p, token, row, first, of_tile, *saved) = ctx.saved_tensors
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
-        groups = Groups(first, of_tile)
+        groups, block = Groups(first, of_tile), ctx.block
         dy_q = take(quantize_norm(dz, "none"), token)                                     # (R, d)
         da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
-        n, weight = block.norm2(x).requires_grad_(), block.router.weight
-        with torch.enable_grad():   # the router once more; its bias is still the same
-            dn, *dw = torch.autograd.grad(block.router(n)[0], [n] + [weight] * weight.requires_grad, dp[row])
-        dx, d_norm = norm_backward(move(dx, row, dn), x, norm_weight, block.config.norm, dz)
-        return dx, d_norm, dw[0] if dw else None, dw_gate_up, dw_down, None
+        dn, dw = router_gradient(dp[row], score, chosen, block.norm2(x), block.router.weight)
+        dx, d_norm = norm_backward(combine(dx, row, dn), x, norm_weight, block.config.norm, dz)
+        return dx, d_norm, dw if block.router.weight.requires_grad else None, dw_gate_up, dw_down, None
 
 
 def take(q, index):

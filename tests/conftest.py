@@ -35,6 +35,14 @@ def beside(request, tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
+@pytest.fixture(autouse=True)
+def eager(request):
+    """Compile in tests marked gpu alone. Beside a GPU all would, and that takes minutes of what runs on CPUs."""
+    compiles = request.node.get_closest_marker("gpu")
+    with torch.compiler.set_stance("default" if compiles else "force_eager"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For tests of tiny tensors: on a busy machine a second thread only waits."""

