@@ -21,6 +21,7 @@ from microscale import ALL, NORMS, RECIPES, quantize, rope, sqnr, swiglu
 from model import PRESETS, Block, Linear, ModelConfig, Transformer
 
 TINY = ModelConfig(vocab=64, seq=32, d=64, layers=2, heads=4, ffn=96)
+MIXTURE = dataclasses.replace(TINY, d=128, ffn=128, experts=4, top_k=2)
 WIDE = ModelConfig(vocab=512, seq=64, d=256, layers=2, heads=4, ffn=512, norm="layer")
 PRECISIONS = [(torch.bfloat16, 20)] + [(torch.float32, 45)] * (DEVICE == "cpu")   # FP32 is for CPUs
 SHARES = {"saturated", "saturated_grad", "folded", "folded_grad", "folded_wgrad"}   # what is watched
@@ -233,14 +234,17 @@ def test_recomputation_changes_no_bit(fp8):
 # Compiled code rounds to BF16 less often and sums in another order. That left 38 dB or more in 12 seeds on a
 # CPU. If it sent all values to another code of E4M3, ten quantizers would leave 21 dB; 25 or more were left
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8, decibels", [("none", 30), ("moss", 20)])
-def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, decibels):
+@pytest.mark.parametrize("fp8, config, decibels", [("none", TINY, 30), ("moss", TINY, 20),
+                                                   ("none", MIXTURE, 12), ("moss", MIXTURE, 12)])
+def test_what_is_compiled_gives_the_gradients_of_what_is_not(fp8, config, decibels):
+    """In a mixture a token whose scores are close may go to another expert: 12 dB are one token of 16."""
     torch.compiler.reset()   # after 8 shapes a function stays as it is: do not count those of other tests
-    compiled = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
+    compiled = gradients(make(config, fp8, device=DEVICE, gain=4), B=16)
     with torch.compiler.set_stance("force_eager"):
-        eager = gradients(make(fp8=fp8, device=DEVICE, gain=4), B=16)
+        eager = gradients(make(config, fp8, device=DEVICE, gain=4), B=16)
     for name in eager:
-        assert sqnr(eager[name], compiled[name]) > decibels, name
+        if eager[name] is not None:   # the routers' biases have none
+            assert sqnr(eager[name], compiled[name]) > decibels, name
 
 
 @pytest.mark.gpu
