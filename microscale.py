@@ -798,6 +798,9 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
     x, h, da, row, qk = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     q, h_q = quantize(x, E4M3, (1, ALL)), quantize_swiglu(h)[1]
     factor, angles = q.scale / q.scale.max(), torch.randn(2, T // 8, 64, device="cuda").unbind()
+    experts = h.view(-1, 2048)   # the same numbers as rows of experts, each of width 1024
+    p, rows = torch.rand(len(experts), device="cuda"), torch.randint(T, (T // 8, 8), device="cuda")
+    experts_q = quantize_swiglu(experts, p)[1]
     kernels = {  # name: (bytes it has to move, function)
         "quantize rows": (3 * T * d, lambda: quantize(x, E4M3, (1, ALL), "up")),
         "RMSNorm, quantize rows": (3 * T * d, lambda: quantize_norm(x, "rms", row)),
@@ -805,6 +808,10 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
         "RoPE of q and k, in place": (8 * T * d, lambda: rope_into(qk, qk, *angles)),
         "SwiGLU, quantize rows": (7 * T * ffn, lambda: quantize_swiglu(h)),
         "SwiGLU backward, quantize rows": (6 * T * ffn, lambda: quantize_swiglu_gradient(h_q, da)),
+        "SwiGLU of experts": (7 * T * ffn, lambda: quantize_swiglu(experts, p)),
+        "SwiGLU of experts, backward": (
+            6 * T * ffn, lambda: quantize_swiglu_gradient(experts_q, da.view(-1, 1024), p)),
+        "sums of 8 rows": (2 * T * d + T * d // 4, lambda: combine(x, rows)),
         "FP8 X to X^T, a factor per row": (2 * T * d, lambda: transpose(q.data, factor))}
     print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
