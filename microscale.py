@@ -264,10 +264,10 @@ def transposed(w):
 # The operations around a linear layer. On a GPU, the kernels of the quantizers compute them, too.
 
 NORM_EPS = 1e-5
-NORMS = {  # kind: (x (R, C), weight (C) or None) -> the rows that a linear layer reads
-    "none": lambda x, weight: x,
-    "rms": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, NORM_EPS),
-    "layer": lambda x, weight: F.layer_norm(x, x.shape[-1:], eps=NORM_EPS),
+NORMS = {  # kind: (x (R, C), weight (C) or None, eps) -> the rows that a linear layer reads
+    "none": lambda x, weight, eps=NORM_EPS: x,
+    "rms": lambda x, weight, eps=NORM_EPS: F.rms_norm(x, x.shape[-1:], weight, eps),
+    "layer": lambda x, weight, eps=NORM_EPS: F.layer_norm(x, x.shape[-1:], eps=eps),
 }
 
 
@@ -350,14 +350,14 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
     return quantize_reference(x, fmt, block, rule, scale)
 
 
-def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up"):
+def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up", eps=NORM_EPS):
     """Quantize norm(x) (R, C) under a scale per row, by `rule`. kind is of NORMS; "rms" has a weight (C)."""
     check_name("norm", kind, NORMS)
     expect("x", x, (None, None), "rows that products sum along")
     expect("weight", weight, x.shape[1:], "one for each column")
     if kernels_take(x, fmt) and x.shape[1] <= MAX_COLUMNS:
-        return quantize_norm_triton(x, kind, weight, fmt, rule)
-    rows = NORMS[kind](x.float(), None if weight is None else weight.float())
+        return quantize_norm_triton(x, kind, weight, fmt, rule, eps)
+    rows = NORMS[kind](x.float(), None if weight is None else weight.float(), eps)
     return quantize_reference(rows, fmt, (1, ALL), rule)
 
 
@@ -574,12 +574,12 @@ if HAS_TRITON:
         tl.store(scale_ptr + r[:, None], scale)
         store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
-    def quantize_norm_triton(x, kind, weight=None, fmt=E4M3, rule="up"):
+    def quantize_norm_triton(x, kind, weight=None, fmt=E4M3, rule="up", eps=NORM_EPS):
         (R, C), weight = x.shape, None if weight is None else weight.contiguous()
         q, cols = empty_rows(R, C, x.device, fmt), power_of_two_from(C)
         rows = max(2048 // cols, 1)
         _rows_kernel[(cdiv(R, rows),)](
-            x, weight, q.data, q.scale, R, C, *x.stride(), NORM_EPS, NORM=kind, ROWS=rows, COLS=cols,
+            x, weight, q.data, q.scale, R, C, *x.stride(), eps, NORM=kind, ROWS=rows, COLS=cols,
             RULE=rule, IS_E4M3=fmt is E4M3, num_warps=4 if C <= 4096 else 8)
         return q
 

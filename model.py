@@ -43,6 +43,7 @@ class ModelConfig:
     vocab: int = 50304        # that of GPT-2 and of OLMo, padded to a multiple of 128
     kv_heads: int = 0         # grouped-query attention: heads share this many keys and values; 0 = heads
     norm: str = "rms"         # "rms": RMSNorm with a weight | "layer": LayerNorm without parameters (OLMo)
+    norm_eps: float = NORM_EPS
     tied: bool = False        # the head reuses the embedding
     rope_theta: float = 10000.0
     experts: int = 0          # 0: one SwiGLU in a block. Otherwise a mixture of so many, of width ffn each,
@@ -83,7 +84,7 @@ PRESETS = {
 
 # torch.compile fuses what has no kernel of ours. torch.compiler.set_stance("force_eager") switches it off.
 compiled = torch.compile(dynamic=False) if torch.cuda.is_available() else lambda function: function
-norm = compiled(lambda x, kind, weight: NORMS[kind](x, weight))
+norm = compiled(lambda x, kind, weight, eps: NORMS[kind](x, weight, eps))
 compiled_swiglu = compiled(swiglu)
 # Rounds once. In BF16, x * factor rounds the factor, too: 1/3 is then off by 0.2%.
 scaled = compiled(lambda x, factor, dtype: (x.float() * factor).to(dtype))
@@ -162,12 +163,13 @@ register_optimizer_step_post_hook(lambda optimizer, *_: torch.autograd.graph.inc
 class Norm(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.kind = config.norm
+        self.kind, self.eps = config.norm, config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.d)) if self.kind == "rms" else None
 
     def forward(self, x, compute=None):
         """Return norm(x). With compute = quantize_norm, return it in FP8, one scale per row of x (T, d)."""
-        return (compute or norm)(x, self.kind, None if self.weight is None else self.weight.to(x.dtype))
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return (compute or norm)(x, self.kind, weight, eps=self.eps)
 
 
 @compiled
@@ -498,7 +500,7 @@ class NormQKV(torch.autograd.Function):
         qk = qkv[:, :, :-kv_heads]
         rope_into(qk, qk, cos, sin)
         ctx.save_for_backward(x, norm_weight, cos, sin, x_q.data, x_q.scale)
-        ctx.block, ctx.kind = block, c.norm
+        ctx.block = block
         return *qkv.split((c.heads, kv_heads, kv_heads), dim=2), x   # one tensor, which attention saves
 
     @staticmethod
@@ -507,7 +509,8 @@ class NormQKV(torch.autograd.Function):
         x, norm_weight, cos, sin, *x_q = ctx.saved_tensors
         dy_q = quantize_norm(qkv_gradient(dq, dk, dv, cos, sin), "none")              # (B T, d + 2 kv_dim)
         dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), ctx.block.qkv, x.dtype)
-        dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, ctx.kind, residual.flatten(0, 1))
+        c, residual = ctx.block.config, residual.flatten(0, 1)
+        dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, c.norm, residual, c.norm_eps)
         return dx.view_as(x), d_norm, dw, None, None, None
 
 
@@ -546,7 +549,8 @@ class OutNormSwiGLU(torch.autograd.Function):
         da, dw_down = linear_backward(quantize_norm(dz, "none"), a_q, block.down, x.dtype)
         dh_q = quantize_swiglu_gradient(h_q, da)                                      # (T, 2 ffn)
         dx, dw_gate_up = linear_backward(dh_q, x_q, block.gate_up, x.dtype)
-        dx, d_norm = norm_backward(dx, x, norm_weight, block.config.norm, dz)
+        c = block.config
+        dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
         dy, dw_out = linear_backward(quantize_norm(dx, "none"), y_q, block.out, x.dtype)
         return dx, dy, d_norm, dw_out, dw_gate_up, dw_down, None
 
@@ -581,7 +585,8 @@ class FusedMixture(torch.autograd.Function):
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
         dn, dw = router_gradient(dp[row], score, chosen, block.norm2(x), block.router.weight)
-        dx, d_norm = norm_backward(combine(dx, row, dn), x, norm_weight, block.config.norm, dz)
+        c, dx = block.config, combine(dx, row, dn)
+        dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
         return dx, d_norm, dw if block.router.weight.requires_grad else None, dw_gate_up, dw_down, None
 
 
@@ -603,12 +608,12 @@ def linear_backward(dy, x, layer, dtype, groups=None):
 
 
 @compiled
-def norm_backward(dy, x, weight, kind, d_residual):
+def norm_backward(dy, x, weight, kind, d_residual, eps=NORM_EPS):
     """Return dx + d_residual (T, d) and d weight (d) or None, of y = norm(x) weight for dy (T, d). In float32
     dx = (g - mean(g) - x_hat mean(g x_hat)) / deviation, g = dy weight. RMSNorm subtracts no mean(g)."""
     dtype, x, dy = dy.dtype, x.float(), dy.float()
     x = x - x.mean(-1, keepdim=True) if kind == "layer" else x
-    inverse = (x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     x_hat = x * inverse
     d_weight = None if weight is None else (dy * x_hat).sum(0)
     g = dy if weight is None else dy * weight.to(dtype).float()   # the forward pass rounds it, too

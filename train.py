@@ -5,6 +5,8 @@ Train a language model in FP8.
     python train.py --fp8 none                  # the same run in BF16 (FP32 on a CPU), to compare with
     python train.py --model 1b --data tokens/   # a preset of model.py on your own data
     python train.py --resume                    # go on from the newest checkpoint in out/, with its options
+    python train.py --init Llama-2-7b-hf/ --data texts/    # fine-tune a model of Hugging Face's
+    python train.py --export tuned/             # write the newest checkpoint in out/ as such a model
     torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64        # eight GPUs of one node
     torchrun --nnodes 4 --nproc_per_node 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
@@ -46,8 +48,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import FP8AdamW, WeightScales, check_optimizer
 from fp8_formats import picture
+from hugging_face import (config_for, config_of, load_weights, open_tokenizer, save_folder, token_cache,
+                          write_tokens)
 from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
-from model import PRESETS, RECOMPUTE, Transformer, flops_per_token, watch
+from model import PRESETS, RECOMPUTE, ModelConfig, Transformer, flops_per_token, watch
 
 
 class UserError(Exception):
@@ -69,7 +73,8 @@ def blaming(option):
     try:
         yield
     except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"{option}: {str(e).partition(chr(10))[0]}") from None
+        install = f": pip install {e.name}" if isinstance(e, ImportError) else ""
+        raise UserError(f"{option}: {str(e).partition(chr(10))[0]}{install}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,8 +89,10 @@ class Config:
     # what to train; a default of None depends on the preset (DEFAULTS) or the machine (`resolve`)
     fp8: str = opt(None, f"recipe of the linear layers: {', '.join(RECIPES)} (default: moss)")
     model: str = opt(None, f"preset: {', '.join(PRESETS)} (default: 124m on a GPU, nano on a CPU)")
+    init: str = opt(None, "folder of Hugging Face's transformers: the model and its weights to begin with")
     layers: int = opt(None, "blocks of the model (default: the preset's)", 1, 1000)
     data: str = opt(None, "folder, file or 'pattern' of .bin, .npy or text (default: Python's own source)")
+    tokenizer: str = opt(None, "tokenizer.json, for text (default: that in --init; else a byte is a token)")
     out: str = opt("out", "folder for checkpoints and log; an earlier run in it is renamed, not overwritten")
     steps: int = opt(None, "optimizer steps of the whole run (default: by preset)", 1)
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)", 1)
@@ -116,12 +123,13 @@ class Config:
     resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options, or begin")
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
+    export: str = opt(None, "folder: write the newest checkpoint in --out for transformers, in BF16")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
     bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all) on random tokens")
     given = ()   # no option: the names of those that the command line gave
 
 
-MODES = ("resume", "eval_only", "sample", "plot", "bench")
+MODES = ("resume", "eval_only", "sample", "export", "plot", "bench")
 DEFAULTS = {   # batch and learning rate as models of these sizes are usually trained; three are quick
     "nano": dict(batch=32, accum=1, steps=150, lr=4e-3),
     "nano-moe": dict(batch=32, accum=1, steps=150, lr=4e-3),
@@ -131,6 +139,7 @@ DEFAULTS = {   # batch and learning rate as models of these sizes are usually tr
     "1b": dict(batch=16, accum=64, steps=100_000, lr=4e-4),
     "olmo-7b": dict(batch=1, accum=2048, steps=100_000, lr=3e-4),
     "llama2-7b": dict(batch=1, accum=1024, steps=100_000, lr=3e-4)}
+FINE_TUNING = dict(batch=4, accum=8, steps=1000, lr=2e-5)   # of --init
 
 
 def parse_config(argv=None):
@@ -148,19 +157,25 @@ def parse_config(argv=None):
     for name, value in given.items():
         need(value != "", f"--{name} is empty: give it a value, or leave it out")
     config = Config(**given)
-    config.given, config.data = given, config.data and os.path.abspath(config.data)   # for --resume elsewhere
+    config.given = given
+    for name in ("data", "init", "tokenizer"):   # for --resume elsewhere
+        setattr(config, name, getattr(config, name) and os.path.abspath(getattr(config, name)))
     return config
 
 
-def resolve(c, device, world):
+def resolve(c, device, world, saved=None):
     """Fill in the defaults that depend on preset and machine. UserError for what cannot work."""
-    c.model = c.model or ("124m" if device.type == "cuda" else "nano")
+    c.model = c.model or (None if c.init else "124m" if device.type == "cuda" else "nano")
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
     names = [("fp8", fp8, RECIPES) for fp8 in recipes]
-    for option, value, known in [*names, ("model", c.model, PRESETS), ("recompute", c.recompute, RECOMPUTE)]:
+    names += [("model", c.model, PRESETS)] * (c.model is not None) + [("recompute", c.recompute, RECOMPUTE)]
+    for option, value, known in names:
         need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
-    defaults = DEFAULTS[c.model] | {"layers": PRESETS[c.model].layers, "seq": PRESETS[c.model].seq}
+    shape, beside = shape_of(c, saved), os.path.join(c.init or "", "tokenizer.json")
+    c.tokenizer = c.tokenizer or (beside if c.init and os.path.exists(beside) else None)
+    seq = min(shape.seq, 2048) if c.init else shape.seq
+    defaults = DEFAULTS.get(c.model, FINE_TUNING) | {"layers": shape.layers, "seq": seq}
     for name, value in (defaults | {"steps": 10, "accum": 1} if c.bench else defaults).items():
         if getattr(c, name) is None:
             setattr(c, name, max(value, world) if name == "accum" else value)
@@ -172,6 +187,8 @@ def resolve(c, device, world):
         need(within, f"--{f.name} {value} must lie between {least} and {most}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
+    need(not c.init or (c.layers, max(c.seq, shape.seq)) == (shape.layers, shape.seq),
+         f"--layers {c.layers}, --seq {c.seq}: {c.init} has {shape.layers}, and at most {shape.seq} tokens")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
          f"change --batch or --seq")
@@ -180,6 +197,20 @@ def resolve(c, device, world):
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
     return c
+
+
+def shape_of(c, saved=None):
+    """Return the ModelConfig of the preset --model; of --init that of the folder, or of its checkpoint."""
+    if not c.init:
+        return PRESETS[c.model]
+    if saved:
+        return ModelConfig(**saved["model_config"])
+    with blaming(f"--init {c.init}"):
+        found = config_of(Path(c.init))
+    for name, value in config_for(PRESETS[c.model]).items() if c.model else ():
+        need(name == "max_position_embeddings" or config_for(found)[name] == value,
+             f"--model {c.model} has {name} {value}, {c.init} {config_for(found)[name]}: leave --model out")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,8 +317,8 @@ def train(c):
     if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device)
     ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    ranks.say(f"model   {c.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, vocabulary "
-              f"{run.model.config.vocab}; {len(run.batches.tokens):,} training and "
+    ranks.say(f"model   {c.model or c.init}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+              f"vocabulary {run.model.config.vocab}; {len(run.batches.tokens):,} training and "
               f"{len(run.val_batches.tokens):,} validation tokens of {c.data or 'Python source code'}")
     ranks.say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
     if saved:
@@ -368,6 +399,7 @@ def loop(run, log, saver):
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
                "val_loss": round(record["val_loss"], 4), "skipped_steps": progress.skipped,
+               **{key: round(value, 4) for key, value in bits_per_byte(run, record["val_loss"]).items()},
                "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
@@ -383,11 +415,11 @@ def loop(run, log, saver):
 # Before the loop: from options, or from a checkpoint, to what it needs
 
 def start(c):
-    """Return Ranks, and the manifest of the checkpoint that --resume, --eval_only or --sample reads, or None.
-    Options that the command line does not give come from that checkpoint's run."""
-    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample
-    saved = newest_checkpoint(c.out, ranks) if c.resume or reporting else None
-    need(saved or not reporting, f"there is no checkpoint in {c.out}: check --out, or train first")
+    """Return Ranks, and the manifest of the checkpoint that --resume reads, or, if --init is not given, one
+    of --eval_only, --sample and --export. Options that the command line does not give come from its run."""
+    ranks, reporting = start_ranks(c.device), c.eval_only or c.sample or c.export
+    saved = newest_checkpoint(c.out, ranks) if c.resume or reporting and not c.init else None
+    need(saved or c.init or not reporting, f"there is no checkpoint in {c.out}: check --out, or train first")
     if c.resume and not saved:
         ranks.say(f"note: there is no checkpoint in {c.out} yet: the run begins")
     for name, was in saved["config"].items() if saved else ():
@@ -402,14 +434,14 @@ def start(c):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
-    resolve(c, ranks.device, 1 if reporting else ranks.world)
+    resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
     return ranks, saved
 
 
-def make_model(c, device, vocab):
+def make_model(c, device, vocab, saved=None):
     """Return the Transformer. On a GPU BF16 is compiled whole; model.py compiles parts of FP8."""
-    with blaming(f"--model {c.model}"), torch.device(device):
-        config = replace(PRESETS[c.model], layers=c.layers, seq=c.seq, vocab=vocab)
+    with blaming(f"--model {c.model or c.init}"), torch.device(device):
+        config = replace(shape_of(c, saved), layers=c.layers, seq=c.seq, vocab=vocab)
         model = Transformer(config, c.fp8, c.recompute)
     if device.type == "cuda" and c.fp8 == "none":
         model.compile(dynamic=False)
@@ -419,14 +451,29 @@ def make_model(c, device, vocab):
 def build(c, ranks, saved=None):
     """Return a run: data (not for --bench), model, optimizer and scales, as in `saved` if that is given."""
     with blaming("--data"):
-        parts = () if c.bench else open_data(c.data)
-    check_same([asdict(replace(c, device=None, data=None, out=None)), *map(len, parts)],   # paths may differ
+        parts = () if c.bench or c.export else open_data(c.data)
+    paths = dict.fromkeys(("data", "out", "init", "tokenizer", "device"))   # may differ
+    check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
-    vocab = 256 if parts and parts[0].dtype == np.uint8 else PRESETS[c.model].vocab   # bytes, or tokens
-    run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1)
+    run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None)
+    vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
+    is_text = parts and parts[0].dtype == np.uint8
+    if parts and c.tokenizer:
+        with blaming("--tokenizer"):
+            run.tokenizer = open_tokenizer(c.tokenizer)
+        size = run.tokenizer.get_vocab_size()
+        need(size <= vocab or not c.init, f"--tokenizer {c.tokenizer} has {size} tokens, the model {vocab}")
+        vocab = vocab if c.init else max(vocab, -(-size // 128) * 128)
+        parts = [encode(part, run) for part in parts] if is_text else parts
+    elif is_text:
+        need(not c.init or vocab == 256, f"--data is text, and {c.init} has no tokenizer: give --tokenizer")
+        vocab = 256
     run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
     torch.manual_seed(c.seed)
-    run.model = run.ddp = make_model(c, ranks.device, vocab)
+    run.model = run.ddp = make_model(c, ranks.device, vocab, saved)
+    with blaming(f"--init {c.init}"):
+        if c.init and not saved:
+            load_weights(run.model, Path(c.init))
     for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
     run.owner = owners(run.model, ranks.world)
@@ -516,7 +563,9 @@ def sample(run, prompt=None, count=200):
     """Return what the model writes after `prompt`: "def ", or the first 16 tokens of the validation data."""
     tokens, vocab, device = run.val_batches.tokens, run.model.config.vocab, run.ranks.device
     is_text = tokens.dtype == np.uint8
-    if is_text:
+    if run.tokenizer:
+        ids = run.tokenizer.encode(prompt or "def ").ids   # with the token that begins a text, if it has one
+    elif is_text:
         ids = list(os.fsencode(prompt or "def "))
     elif not prompt:
         ids = tokens.read(0, min(16, len(tokens))).tolist()
@@ -526,6 +575,8 @@ def sample(run, prompt=None, count=200):
          f"--sample {prompt}: this model reads token ids below {vocab}, give some of them")
     generator = torch.Generator(device).manual_seed(run.c.seed)
     written = run.model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
+    if run.tokenizer:
+        return run.tokenizer.decode(written)
     return bytes(written).decode("utf-8", "replace") if is_text else " ".join(map(str, written))
 
 
@@ -535,9 +586,10 @@ def sample(run, prompt=None, count=200):
 class Tokens:
     """Tokens in files that follow each other, read window by window."""
 
-    def __init__(self, files, dtype):   # files: (path, offset in bytes, number of tokens)
+    def __init__(self, files, dtype, nbytes=0):   # files: (path, offset in bytes, number of tokens)
         self.files, self.dtype = [file for file in files if file[2]], dtype
         self.starts = [0, *itertools.accumulate(count for _, _, count in self.files)]
+        self.bytes = nbytes or (len(self) if dtype == np.uint8 else 0)   # of the text, if they are of text
 
     def __len__(self):
         return self.starts[-1]
@@ -630,6 +682,15 @@ def open_data(source):
         parts[1].append((path, offset + take * dtype.itemsize, count - take))
         left -= take
     return [Tokens(part, dtype) for part in parts]
+
+
+def encode(text, run):
+    """Return Tokens of --tokenizer for Tokens of bytes. Rank 0 encodes them, once, to a file beside --out."""
+    path, dtype = token_cache(text.files, run.tokenizer, f"{run.c.out}.tokens"), np.dtype(np.uint32)
+    what = path, text.files, run.tokenizer, dtype, run.ranks.say
+    error = attempt(write_tokens, *what)[1] if run.ranks.rank == 0 and not path.exists() else None
+    need(not gather(error)[0], f"--tokenizer {run.c.tokenizer}: {path} cannot be written: {error}")
+    return Tokens([(path, 0, path.stat().st_size // dtype.itemsize)], dtype, text.bytes)
 
 
 def shuffled(number, n, keys):
@@ -1032,18 +1093,25 @@ def run_folder(c, ranks, step):
 # Instead of training: what a checkpoint can do, what the logs show, how fast a step is
 
 def report(c):
-    """Print what --eval_only and --sample ask of the newest whole checkpoint. Write nothing. Several recipes
-    in --fp8 are compared at the same weights: their losses, and the error of their gradients against that of
-    the first, ||g - g_first|| / ||g_first||."""
+    """Do what --eval_only, --sample and --export ask of the newest whole checkpoint, or of --init. Several
+    recipes in --fp8 are compared at the same weights: their losses, and the error of their gradients against
+    that of the first, ||g - g_first|| / ||g_first||."""
     ranks, saved = start(c)
     recipes, first = c.fp8.split(","), None
-    need(len(recipes) == 1 or ranks.world == 1, "--eval_only of several recipes: run it without torchrun")
+    need(len(recipes) == 1 and not c.export or ranks.world == 1,
+         "--eval_only of several recipes and --export: run them without torchrun")
     for fp8 in recipes:
-        run = build(replace(c, fp8=fp8), ranks, saved)
+        run = build(replace(c, fp8="none" if c.export else fp8), ranks, saved)
+        if c.export:
+            with blaming(f"--export {c.export}"):
+                save_folder(run.model, Path(c.export), c.init and Path(c.init), c.tokenizer)
+            return ranks.say(f"wrote {c.export}")
         if c.sample:
             return ranks.say(sample(run, c.sample))
         loss = evaluate(run, gradient=len(recipes) > 1)
-        line = f"{saved['path']}  {fp8:8}  {numerics(fp8, ranks.device)}  validation loss {loss:.4f}"
+        line = f"{saved['path'] if saved else c.init}  {fp8:8}  {numerics(fp8, ranks.device)}  "
+        line += "  ".join(f"{name} {value:.4f}" for name, value in {"validation loss": loss,
+                                                                    **bits_per_byte(run, loss)}.items())
         if len(recipes) > 1:
             gradient = [p.grad for p in run.model.parameters() if p.grad is not None]
             first = first or gradient
@@ -1052,6 +1120,12 @@ def report(c):
         ranks.say(line)
         run = gradient = None
         gc.collect()   # a compiled model refers to itself: the next one needs its memory
+
+
+def bits_per_byte(run, loss):
+    """Return {"bits per byte": of a loss in nats per token}, {} where the data are no text."""
+    tokens = run.val_batches.tokens
+    return {"bits per byte": loss / math.log(2) * len(tokens) / tokens.bytes} if tokens.bytes else {}
 
 
 def plot_runs(c):
@@ -1114,7 +1188,8 @@ def main(argv=None):
     """Run the command line. Return the exit code."""
     try:
         c = parse_config(argv)
-        action = plot_runs if c.plot else bench if c.bench else report if c.eval_only or c.sample else train
+        reporting = c.eval_only or c.sample or c.export
+        action = plot_runs if c.plot else bench if c.bench else report if reporting else train
         action(c)
         return 0
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def beside(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def eager(request):
-    """Compile in tests marked gpu alone. Beside a GPU all would, and that takes minutes of what runs on CPUs."""
+    """Compile in tests marked gpu alone. Beside a GPU all would, for minutes, what runs on CPUs as well."""
     compiles = request.node.get_closest_marker("gpu")
     with torch.compiler.set_stance("default" if compiles else "force_eager"):
         yield

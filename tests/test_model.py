@@ -84,8 +84,7 @@ def kept_by_autograd(model, x):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    # what is compiled, where there is a GPU, keeps what its compiler chooses
-    with torch.compiler.set_stance("force_eager"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x, x)
     return sum(nbytes for address, nbytes in kept.items() if address not in own)
 

@@ -1238,7 +1238,8 @@ def test_eval_only_compares_recipes_and_gives_the_last_loss(tiny, tmp_path, out,
     monkeypatch.chdir(out)   # from within its folder, too
     alone = {recipe: said(go_on(".", f"--eval-only --fp8 {recipe}"), capsys).out.splitlines()[-1]
              for recipe in RECIPES}
-    expected = ["step_00000008", "moss", "FP8 emulated on CPU", f"validation loss {loss:.4f}"]
+    expected = ["step_00000008", "moss", "FP8 emulated on CPU", f"validation loss {loss:.4f}",
+                    f"bits per byte {loss / math.log(2):.4f}"]
     assert re.split("  +", alone["moss"]) == expected
     rows = said(go_on(".", f"--eval-only --fp8 {','.join(RECIPES)}"), capsys).out.splitlines()[-len(RECIPES):]
     for recipe, row in zip(RECIPES, rows, strict=True):

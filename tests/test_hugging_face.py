@@ -1,0 +1,370 @@
+"""Models of others come in and go out unchanged, and what model.py does not compute is refused by name."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hugging_face as hf
+import train
+from model import PRESETS, ModelConfig, Transformer
+
+safetensors = pytest.importorskip("safetensors.torch")
+tokenizers = pytest.importorskip("tokenizers")
+
+TINY = ModelConfig(seq=64, d=64, layers=2, heads=4, ffn=96, vocab=320, norm_eps=1e-6)
+CONFIGS = {"LLaMA": TINY, "grouped queries": replace(TINY, kv_heads=2, rope_theta=5e5),
+           "tied": replace(TINY, tied=True), "OLMo": replace(TINY, norm="layer", norm_eps=1e-5)}
+TEXT = "the quick brown fox jumps over the lazy dog, and runs on.\n"
+
+
+def make(config, seed=0):
+    """Return a model whose weights are all different, and exact in BF16."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    for p in model.parameters():
+        p.data = (torch.randn_like(p) * 0.2 + (p.dim() == 1)).bfloat16().float()
+    return model
+
+
+def tokenizer_file(path, size=300, end="<|endoftext|>"):
+    """Train a tokenizer of pairs of bytes, fill it up to `size` tokens, and write it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=[end], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([TEXT * 3], trainer)
+    tokenizer.add_tokens([f"<{i}>" for i in range(size - tokenizer.get_vocab_size())])
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with a tokenizer."""
+    path = tmp_path / "model"
+    hf.save_folder(make(TINY), path)
+    tokenizer_file(path / "tokenizer.json")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts"
+    path.mkdir()
+    for i in range(3):
+        (path / f"{i}.txt").write_text(TEXT * (200 + i))
+    return path
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def tensors_of(folder):
+    files = map(safetensors.load_file, folder.glob("*.safetensors"))
+    return {name: x for tensors in files for name, x in tensors.items()}
+
+
+def run(*argv):
+    return train.main([str(arg) for arg in argv])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+
+def forward(weights, c, tokens):
+    """Return the logits of LLaMA, from its published equations alone, in float64."""
+    w = {name: x.double() for name, x in weights.items()}
+    head_dim, kv = c["hidden_size"] // c["num_attention_heads"], c["num_key_value_heads"]
+    T, x = len(tokens), w["model.embed_tokens.weight"][tokens]
+    angles = torch.arange(T)[:, None] * c["rope_theta"] ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    turn = torch.polar(torch.ones_like(angles), angles)                              # (T, head_dim / 2)
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[f"{name}.weight"]
+
+    def heads(x, rotate):   # (T, n head_dim) -> (n, T, head_dim)
+        a, b = x.view(T, -1, 2, head_dim // 2).permute(2, 1, 0, 3)
+        z = torch.complex(a, b) * (turn if rotate else 1)
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        n = norm(x, at + "input_layernorm")
+        q, k, v = (heads(n @ w[f"{at}self_attn.{p}_proj.weight"].t(), p != "v") for p in "qkv")
+        k, v = (z.repeat_interleave(len(q) // kv, dim=0) for z in (k, v))
+        scores = (q @ k.mT / math.sqrt(head_dim)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        y = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = x + y @ w[at + "self_attn.o_proj.weight"].t()
+        n = norm(x, at + "post_attention_layernorm")
+        gate, up = (n @ w[f"{at}mlp.{p}_proj.weight"].t() for p in ("gate", "up"))
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[at + "mlp.down_proj.weight"].t()
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return norm(x, "model.norm") @ head.t()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "OLMo"])
+def test_logits_are_those_of_the_published_equations(name, tmp_path):
+    folder, tokens = tmp_path / "out", torch.arange(3, 43)
+    hf.save_folder(make(CONFIGS[name]), folder)
+    model = Transformer(hf.config_of(folder))
+    hf.load_weights(model, folder)
+    expected = forward(tensors_of(folder), json.loads((folder / "config.json").read_text()), tokens)
+    assert (model(tokens[None])[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_is_written_and_writes_what_is_read(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, tokens = make(CONFIGS[name]), torch.arange(3, 43)[None]
+    hf.save_folder(ours, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
+    assert type(theirs).__name__ == ("OlmoForCausalLM" if name == "OLMo" else "LlamaForCausalLM")
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    theirs.save_pretrained(tmp_path / "back")
+    config = hf.config_of(tmp_path / "back")
+    assert config == replace(ours.config, kv_heads=ours.config.kv_heads or ours.config.heads)
+    again = Transformer(config)
+    hf.load_weights(again, tmp_path / "back")
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_come_from_files_of_any_float_and_in_any_order(dtype, folder, tmp_path):
+    tensors = {name: x.to(dtype) for name, x in tensors_of(folder).items()}   # FP16 rounds the small ones
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    names = sorted(tensors, reverse=True)   # q, k and v of a layer lie in different files
+    where = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        safetensors.save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "stray.safetensors").write_text("no part of the model")
+    model = Transformer(TINY)
+    hf.load_weights(model, folder)
+    assert all(torch.equal(p, tensors[name].float()) for name, p in hf.weights_by_name(model).items())
+
+
+def test_large_models_are_written_in_parts_with_an_index(tmp_path):
+    model = make(TINY)
+    hf.save_folder(model, tmp_path / "out", part="50KB")
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and all((tmp_path / "out" / file).stat().st_size < 60_000 for file in files)
+    for file in files:
+        with safetensors.safe_open(tmp_path / "out" / file, "pt") as part:
+            assert part.metadata()["format"] == "pt"
+    again = Transformer(TINY)
+    hf.load_weights(again, tmp_path / "out")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("change, message", {
+    "architectures": (["Qwen3ForCausalLM"], "architecture 'Qwen3ForCausalLM' is unknown"),
+    "attention_bias": (True, "attention_bias = True"), "mlp_bias": (True, "mlp_bias = True"),
+    "clip_qkv": (8.0, "clip_qkv = 8.0"), "hidden_act": ("gelu", "hidden_act = gelu"),
+    "head_dim": (32, "head_dim = 32"), "rope_scaling": ({"type": "linear", "factor": 2.0}, "type = linear"),
+    "rope_parameters": ({"rope_type": "llama3"}, "rope_type = llama3"),
+    "partial_rotary_factor": (0.5, "partial_rotary_factor = 0.5"), "num_attention_heads": (3, "d = 64"),
+    "hidden_size": (None, "hidden_size = None"), "vocab_size": ("many", "vocab_size = many")}.items())
+def test_what_the_model_does_not_compute_is_refused_by_name(change, message, folder, capsys):
+    value, message = message
+    change_config(folder, **{change: value})
+    assert run("--eval_only", "--init", folder) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_window_shorter_than_the_sequence_bounds_it(folder):
+    change_config(folder, architectures=["MistralForCausalLM"], sliding_window=32)
+    assert hf.config_of(folder).seq == 32
+
+
+def test_settings_of_transformers_5_are_read_where_it_writes_them(folder):
+    c = json.loads((folder / "config.json").read_text())
+    del c["rope_theta"]
+    c["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
+    (folder / "config.json").write_text(json.dumps(c))
+    assert hf.config_of(folder).rope_theta == 123.0
+
+
+def break_weights(folder, how):
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = tensors_of(folder)
+    if how == "missing":
+        del tensors[name]
+    elif how == "unknown":
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16, dtype=torch.bfloat16)
+    elif how == "shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif how == "integers":
+        tensors[name] = tensors[name].to(torch.int8)
+    safetensors.save_file(tensors, path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "no file":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how, message", [
+    ("missing", "lacks 1 weights, first model.layers.1.mlp.up_proj.weight"), ("no file", "model.safetensors"),
+    ("unknown", "model.layers.0.self_attn.q_norm.weight is torch.bfloat16 [16], and unknown"),
+    ("shape", "model.layers.1.mlp.up_proj.weight is torch.bfloat16 [95, 64], and [96, 64]"),
+    ("integers", "model.layers.1.mlp.up_proj.weight is torch.int8"), ("truncated", "is damaged")])
+def test_a_folder_with_other_weights_is_refused_and_the_weight_is_named(how, message, folder, texts, capsys):
+    break_weights(folder, how)
+    assert run("--eval_only", "--init", folder, "--data", texts) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+def test_text_becomes_the_tokenizers_tokens_and_each_file_ends_with_that_of_its_end(texts, tmp_path):
+    tokenizer = tokenizer_file(tmp_path / "tokenizer.json")
+    long = TEXT * 40_000   # is encoded in pieces that end with a line
+    (texts / "2.txt").write_text(long)
+    files = [(path, 0, path.stat().st_size) for path in sorted(texts.iterdir())]
+    assert len(list(hf.pieces(files))) == 5
+    hf.write_tokens(tmp_path / "tokens.bin", files, tokenizer, np.dtype(np.uint32), lambda text: None)
+    ids = np.fromfile(tmp_path / "tokens.bin", np.uint32)
+    expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
+    assert ids.tolist() == expected and tokenizer.token_to_id("<|endoftext|>") == 0
+
+
+def test_text_is_encoded_once_and_again_when_a_file_or_the_tokenizer_changes(texts, tmp_path):
+    path = texts / "0.txt"
+    tokenizer, files = tokenizer_file(tmp_path / "t.json"), [(path, 0, path.stat().st_size)]
+    first = hf.token_cache(files, tokenizer, tmp_path)
+    assert hf.token_cache(files, tokenizer, tmp_path) == first
+    assert hf.token_cache(files, tokenizer_file(tmp_path / "t.json", size=301), tmp_path) != first
+    path.write_text(path.read_text().replace("quick", "slow!"))   # as long as before
+    assert hf.token_cache(files, tokenizer, tmp_path) != first
+
+
+# ---------------------------------------------------------------------------------------------------
+# With train.py
+
+TUNE = ("--fp8 moss --steps 4 --batch 2 --accum 1 --seq 32 --eval_batches 2 --eval_every 2 "
+        "--device cpu").split()
+
+
+def begin(*argv):
+    c = train.parse_config([str(arg) for arg in argv])
+    return train.build(c, *train.start(c))
+
+
+@pytest.fixture
+def short_sample(monkeypatch):
+    generate = Transformer.generate
+    monkeypatch.setattr(Transformer, "generate", lambda *args, **kw: generate(*args[:2], 8, **kw))
+
+
+def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path, short_sample, capsys):
+    out, exported = tmp_path / "out", tmp_path / "tuned"
+    change_config(folder, eos_token_id=0)
+    assert run("--init", folder, "--data", texts, "--out", out, *TUNE) == 0
+    assert "tokenized" in capsys.readouterr().out
+    whole = {name: x for name, x in torch.load(out / "step_00000004/rank_0.pt")["parameters"].items()}
+    (out / "step_00000004").rename(tmp_path / "aside")
+    (folder / "model.safetensors").rename(tmp_path / "gone")   # a checkpoint needs the folder no more
+    assert run("--resume", "--out", out) == 0
+    assert "tokenized" not in capsys.readouterr().out   # the cache serves
+    again = torch.load(out / "step_00000004/rank_0.pt")["parameters"]
+    assert all(torch.equal(x, again[name][key]) for name, kept in whole.items() for key, x in kept.items())
+    assert run("--export", exported, "--out", out) == 0
+    config = json.loads((exported / "config.json").read_text())
+    assert config["eos_token_id"] == 0 and config["max_position_embeddings"] == 64
+    assert (exported / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    model = Transformer(hf.config_of(exported))
+    hf.load_weights(model, exported)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, whole[name]["weight"].bfloat16().float()), name
+    assert run("--export", exported, "--out", out) == 2 and "not empty" in capsys.readouterr().err
+    assert run("--sample", "the quick", "--out", out) == 0
+    assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_a_round_trip_changes_no_bit(folder, tmp_path):
+    assert run("--init", folder, "--export", tmp_path / "out", "--device", "cpu") == 0
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(x.view(torch.int16), after[name].view(torch.int16)) for name, x in before.items())
+
+
+def test_a_direct_cast_compares_recipes_in_nats_and_bits_per_byte(folder, texts, tmp_path, capsys):
+    assert run("--eval-only", "--init", folder, "--data", texts, "--fp8", "none,moss", *TUNE[4:-2],
+               "--out", tmp_path / "out") == 0
+    none, moss = capsys.readouterr().out.splitlines()[-2:]
+    assert none.startswith(f"{folder}  none") and moss.startswith(f"{folder}  moss") and "gradient" in moss
+    nats, bits = (float(none.split(name)[1].split()[0]) for name in ("validation loss", "bits per byte"))
+    validation = train.open_data(texts)[1].files   # (path, offset, bytes)
+    tokenizer = hf.open_tokenizer(folder / "tokenizer.json")
+    cached = hf.token_cache(validation, tokenizer, tmp_path / "out.tokens")
+    tokens, size = cached.stat().st_size // 4, sum(count for _, _, count in validation)
+    assert bits == pytest.approx(nats / math.log(2) * tokens / size, rel=1e-3)
+
+
+def test_scales_are_those_of_the_weights_that_were_loaded(folder, texts, tmp_path):
+    run = begin("--init", folder, "--data", texts, "--out", tmp_path / "out", *TUNE)
+    weight = tensors_of(folder)["model.layers.0.self_attn.o_proj.weight"].float()
+    assert run.scales.views[1].item() == pytest.approx(weight.abs().max().item() / 448)
+    assert run.model.blocks[0].out.is_current()
+
+
+def test_a_preset_grows_to_the_vocabulary_of_a_tokenizer(texts, tmp_path):
+    tokenizer_file(tmp_path / "t.json", size=300)
+    run = begin("--tokenizer", tmp_path / "t.json", "--data", texts, "--model", "nano", "--out", tmp_path,
+                *TUNE)
+    assert run.model.config.vocab == 384   # 300 up to a multiple of 128
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--init", "nowhere"], "config.json"),
+    (["--init", "model", "--model", "124m"], "--model 124m has hidden_size 768"),
+    (["--init", "model", "--seq", "128"], "at most 64 tokens"),
+    (["--init", "model", "--layers", "1"], "has 2,"),
+    (["--init", "model", "--tokenizer", "big.json"], "has 330 tokens, the model 320"),
+    (["--init", "model", "--tokenizer", "model/config.json"], "is no tokenizer.json"),
+    (["--init", "model", "--tokenizer", "endless.json"], "no token for the end of a text"),
+    (["--init", "bare"], "has no tokenizer"),
+    (["--export", "somewhere"], "no checkpoint"),
+    (["--export", "texts", "--init", "model"], "not empty"),
+    (["--export", "a", "--init", "model", "--bench"], None)])
+def test_mistakes_are_one_line_and_exit_code_2(argv, message, folder, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hf.save_folder(make(TINY), tmp_path / "bare")
+    tokenizer_file(tmp_path / "big.json", size=330)
+    tokenizer_file(tmp_path / "endless.json", end="<pad>")
+    if message is None:   # argparse ends the process
+        with pytest.raises(SystemExit, match="2"):
+            run(*argv)
+        return
+    assert run(*argv, "--data", "texts", "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("out").exists()
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers", "huggingface_hub"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package, folder, texts, tmp_path,
+                                                                       monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    mode = ["--export", tmp_path / "x"] if package == "huggingface_hub" else ["--eval_only", "--data", texts]
+    assert run(*mode, "--init", folder, "--device", "cpu", "--out", tmp_path / "out") == 2
+    assert f"pip install {package}" in capsys.readouterr().err
+
+
+def test_experts_have_no_place_in_such_a_folder():
+    with pytest.raises(ValueError, match="8 experts"):
+        hf.config_for(PRESETS["nano-moe"])
