@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fp8_formats import E4M3, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
+from fp8_formats import E4M3, E5M2, EXPONENT_OF_ZERO, FORMATS, floor_log2, pow2, uncast
 from microscale import (ALL, HAS_TRITON, KERNEL_WIDTHS, MIN_SCALE, RECIPES, Quantized, block_amax, cdiv,
                         kernels_run_on, quantize, quantize_reference, transpose, transposed)
 
@@ -94,7 +94,8 @@ def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, gr
 
 def kernel_can_multiply(a, b, groups=None, way="fprop"):
     """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
-    fp8 = all(q.data.numel() and q.data.itemsize == 1 and q.global_scale is None for q in (a, b))
+    fp8 = all(q.data.numel() and q.data.dtype in (E4M3.dtype, E5M2.dtype) and q.global_scale is None
+              for q in (a, b))
     leaves = b.scale.numel() == groups.count if groups and way != "wgrad" else b.block == (ALL, ALL)
     after = a.block in ((1, ALL), (ALL, ALL)) and leaves
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
@@ -150,16 +151,16 @@ class FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, recipe):
-        x_q, x_t = quantize_for_both_sums(x, E4M3, recipe)
-        ctx.save_for_backward(x_t.data, x_t.scale)
+        x_q, x_t = quantize_for_both_sums(x, FORMATS[recipe.act_format], recipe)
+        ctx.save_for_backward(x_t.data, x_t.scale, x_t.global_scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
         return matmul(x_q, w, x.dtype)   # not promoted: "Why promote" below
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        recipe, fmt = ctx.recipe, FORMATS[ctx.recipe.grad_format]
-        x_t = Quantized(*ctx.saved_tensors, recipe.act_block)
+        recipe, fmt, (data, scale, outer) = ctx.recipe, FORMATS[ctx.recipe.grad_format], ctx.saved_tensors
+        x_t = Quantized(data, scale, recipe.act_block, outer)
         dy_q, dy_t = quantize_for_both_sums(dy, fmt, recipe)
         if recipe.act_block == (1, ALL):   # not transposed yet
             dy_t, x_t = transpose_for_wgrad(dy_t, x_t)
@@ -171,12 +172,13 @@ class FP8Linear(torch.autograd.Function):
 def quantize_for_both_sums(x, fmt, recipe):
     """Quantize x (T, C) for the product that sums over C, and x^T for wgrad, which sums over T. With a scale
     per token the second is x again: `transpose_for_wgrad` transposes it when it knows both scales."""
-    q = quantize(x, fmt, recipe.act_block, recipe.rule)
+    options = fmt, recipe.act_block, recipe.rule, None, recipe.rounding
+    q = quantize(x, *options)
     if recipe.act_block == (1, ALL):
         return q, q
     if recipe.act_block == (ALL, ALL):   # one scale serves along both axes
         return q, transposed(q)
-    return q, quantize(x.t(), fmt, recipe.act_block, recipe.rule)   # of the unquantized x: rounded once
+    return q, quantize(x.t(), *options)   # of the unquantized x: rounded once
 
 
 def wgrad_factor(dy, x, groups=None):

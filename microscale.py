@@ -44,7 +44,8 @@ from functools import cache, partial
 import torch
 from torch.nn import functional as F
 
-from fp8_formats import E4M3, E5M2, INT8, cast, floor_log2, format_of, pow2, round_to_format, uncast
+from fp8_formats import (E4M3, E5M2, FORMATS, INT8, cast, floor_log2, format_of, pow2, round_to_format,
+                         uncast)
 
 try:
     import triton
@@ -64,6 +65,7 @@ RULES = ("fp32", "floor", "up")   # by which a block gets its scale
 @dataclass
 class Quantized:
     """Hold X (R, C) as FP8 `data` and scales: X[r, c] ~ data[r, c] scale[r // br, c // bc] global_scale.
+    Formats of fewer bits are FP8 data as well: all numbers of E3M2, E2M3 and E2M1 are numbers of E4M3.
 
     `block` is (br, bc), ALL the whole axis; a last block may be smaller. `scale` has a number for each block,
     float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, one float32, is
@@ -87,7 +89,7 @@ class Quantized:
         """Return X (R, C) in `dtype`, rounded once. Exact in bfloat16 where all scales are powers of two."""
         scale = expand_blocks(self.scale.float(), self.data.shape, self.block)
         if dtype == torch.bfloat16 and self.scale.dtype == torch.float8_e8m0fnu and self.global_scale is None:
-            return self.data.to(dtype) * scale.to(dtype)
+            return uncast(self.data, dtype) * scale.to(dtype)
         x = uncast(self.data) * scale
         return (x if self.global_scale is None else x * self.global_scale).to(dtype)
 
@@ -143,19 +145,25 @@ def scale_from_amax(amax, fmt, rule):
     return torch.where(amax.isfinite(), scale, float("nan"))
 
 
-def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
+def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
     """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
     C is the axis that will be summed over. For another axis, of n, pass x.movedim(axis, -1).reshape(-1, n).
-    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it."""
+    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it. The
+    rule "two-level" is `quantize_two_level`."""
+    if rule == "two-level" and scale is None:
+        return quantize_two_level(x, fmt)
     e8m0 = scale is None and stores_e8m0(block, rule)
     scale = scale_from_amax(block_amax(x, block), fmt, rule) if scale is None else scale
-    data = to_grid(x.float() * expand_blocks(1 / scale, x.shape, block), fmt)
+    data = to_grid(x.float() * expand_blocks(1 / scale, x.shape, block), fmt, rounding)
     return Quantized(data, scale.to(torch.float8_e8m0fnu) if e8m0 else scale, block)
 
 
-def to_grid(x, fmt):
-    """Round x to the numbers of `fmt`: in FP8 where PyTorch has the format, else as float32 values."""
-    return cast(x, fmt) if fmt.dtype else round_to_format(x, fmt)
+def to_grid(x, fmt, rounding="nearest_even"):
+    """Round float32 x to the numbers of `fmt`, held as in Quantized."""
+    if fmt.dtype and rounding == "nearest_even":
+        return cast(x, fmt)
+    x = round_to_format(x, fmt, rounding)
+    return (x / fmt.min_subnormal).to(torch.int8) if fmt is INT8 else x.to(fmt.dtype or E4M3.dtype)
 
 
 def stores_e8m0(block, rule):
@@ -175,11 +183,18 @@ class Recipe:
     rule: str                 # of activations and gradients, and of weights with weight_scale "block"
     weight_scale: str         # "block": measured at each quantization | "current", "predicted": autoscale.py
     grad_format: str = "e4m3"
+    act_format: str = "e4m3"
+    weight_format: str = "e4m3"
+    rounding: str = "nearest_even"   # or "half_away", "stochastic"
 
     def __post_init__(self):
-        if self.weight_scale != "block" and self.weight_block != (ALL, ALL):
-            raise ValueError(f"recipe {self.name!r}: weights in blocks {self.weight_block} have many scales, "
-                             f"{self.weight_scale!r} is one: take weight_scale 'block' or blocks (ALL, ALL)")
+        if self.weight_scale != "block" and (self.weight_block, self.weight_format) != ((ALL, ALL), "e4m3"):
+            raise ValueError(f"recipe {self.name!r}: weights in {self.weight_format} and blocks "
+                             f"{self.weight_block}: one scale, {self.weight_scale!r}, is of e4m3 and blocks "
+                             f"(ALL, ALL); else take weight_scale 'block'")
+
+    # of the two levels, a weight has the first
+    weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)
 
     def __str__(self):
         return self.name
@@ -191,6 +206,11 @@ RECIPES = {
     "group": Recipe("group", (1, 128), (128, 128), "fp32", "block"),
     "mx": Recipe("mx", (1, 32), (1, 32), "floor", "block"),
     "moss": Recipe("moss", (1, ALL), (ALL, ALL), "up", "predicted"),
+    # of the papers, for their numerics
+    "moss-exact": Recipe("moss-exact", (1, 32), (ALL, ALL), "two-level", "predicted"),
+    "mx-up": Recipe("mx-up", (1, 32), (1, 32), "up", "block"),
+    **{name: Recipe(name, (1, 32), (1, 32), "floor", "block", act, act, weight) for name, act, weight in (
+        ("mxfp6", "e3m2", "e3m2"), ("mxfp4", "e3m2", "e2m1"), ("mxint8", "int8", "int8"))},
 }
 
 
@@ -223,9 +243,9 @@ def fold_loss(x, fmt=E4M3):
     return (change != 0).float().mean().nan_to_num(), energy   # nan_to_num: of an empty x 0
 
 
-def saturated_share(x, q):
+def saturated_share(x, q, fmt):
     """Return the share of the values of x (R, C) beyond the largest number that their block of q can hold."""
-    limit = replace(q, data=torch.full_like(q.data, format_of(q.data).max)).dequantize()
+    limit = replace(q, data=torch.full_like(q.data, fmt.max)).dequantize()
     return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale is rounded
 
 
@@ -249,9 +269,10 @@ def quantize_weight(weight, recipe, scale=None):
     autoscale.py, for recipes that do not measure blocks."""
     if scale is not None and recipe.weight_scale == "block":
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
-    w = quantize(weight, E4M3, recipe.weight_block, recipe.rule, scale)
+    options = FORMATS[recipe.weight_format], recipe.weight_block, recipe.weight_rule, scale, recipe.rounding
+    w = quantize(weight, *options)
     if scale is None and recipe.weight_block[0] != recipe.weight_block[1]:
-        return w, quantize(weight.t(), E4M3, recipe.weight_block, recipe.rule)
+        return w, quantize(weight.t(), *options)
     return w, transposed(w)
 
 
@@ -331,23 +352,24 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
                          f", and dtype {' or '.join(map(str, dtypes))}")
 
 
-def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None):
+def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
     """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor, (E, 1)
-    those of E groups of R / E rows. Blocks of 128 x 128, which only weights have, and widths not in
-    KERNEL_WIDTHS are left to PyTorch."""
+    those of E groups of R / E rows. Two levels, other roundings, blocks of 128 x 128, which only weights have,
+    and widths not in KERNEL_WIDTHS are left to PyTorch."""
     expect("x", x, (None, None), "rows that products sum along")
     groups = 1 if scale is None else math.gcd(len(x), len(scale))   # len(scale) if that divides the rows
     expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))
-    check_name("scale rule", rule, RULES)
+    check_name("scale rule", rule, (*RULES, "two-level"))
     if scale is not None:
         block = (ALL if groups == 1 else len(x) // groups, ALL)
     elif block == (ALL, ALL):
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
-    elif block == (1, ALL):
+    elif block == (1, ALL) and fmt.dtype and rounding == "nearest_even":
         return quantize_norm(x, "none", None, fmt, rule)
-    if kernels_take(x, fmt) and (scale is not None or block[0] == 1 and block[1] in KERNEL_WIDTHS):
+    takes = scale is not None or rule in RULES and block[0] == 1 and block[1] in KERNEL_WIDTHS
+    if takes and kernels_take(x) and rounding == "nearest_even":
         return quantize_triton(x, fmt, block, rule, scale)
-    return quantize_reference(x, fmt, block, rule, scale)
+    return quantize_reference(x, fmt, block, rule, scale, rounding)
 
 
 def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up", eps=NORM_EPS):
@@ -450,21 +472,24 @@ if HAS_TRITON:
                            "add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }")
 
     @triton.jit
+    def round_to(x, MAX: tl.constexpr, EMIN: tl.constexpr, MANTISSA: tl.constexpr):
+        """Round float32 to the numbers of a format: to nearest even, saturate, keep NaN. Adding and taking
+        away 2^23 steps of the grid leaves x rounded to it. A step is 2^(e - mantissa bits), where e is the
+        exponent of |x|, or of the smallest normal number for all that is below."""
+        bits = x.to(tl.int32, bitcast=True)
+        field = tl.maximum((bits & 0x7FFFFFFF) >> 23, 127 + EMIN)
+        magic = (tl.minimum(field + 23 - MANTISSA, 254) << 23).to(tl.float32, bitcast=True)
+        size = tl.minimum((tl.abs(x) + magic) - magic, MAX)
+        signed = size.to(tl.int32, bitcast=True) | (bits & -0x80000000)
+        nan: tl.constexpr = 0x7F800000 + (0x7FFFFF >> 23 - MANTISSA << 23 - MANTISSA)   # in FP8 all ones
+        return tl.where(x != x, nan, signed).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def to_fp8(x, IS_E4M3: tl.constexpr = True):
-        """Cast float32 to FP8: round to nearest even, saturate, keep NaN. The instruction for two numbers is
-        spelled out: Triton 3.6 miscompiles its own cast where bytes are stored by rows and by columns."""
+        """Cast float32 to FP8, as round_to. The instruction for two numbers is spelled out: Triton 3.6
+        miscompiles its own cast where bytes are stored by rows and by columns."""
         if INTERPRETED:
-            # Adding and taking away 2^23 steps of the grid leaves x rounded to it. A step is 2^(e - mantissa
-            # bits), where e is the exponent of |x|, or of the smallest normal number for all that is below.
-            emin_field: tl.constexpr = 127 - 6 if IS_E4M3 else 127 - 14
-            to_magic: tl.constexpr = 23 - 3 if IS_E4M3 else 23 - 2
-            bits = x.to(tl.int32, bitcast=True)
-            field = tl.maximum((bits & 0x7FFFFFFF) >> 23, emin_field)
-            magic = (tl.minimum(field + to_magic, 254) << 23).to(tl.float32, bitcast=True)
-            size = tl.minimum((tl.abs(x) + magic) - magic, 448.0 if IS_E4M3 else 57344.0)
-            signed = size.to(tl.int32, bitcast=True) | (bits & -0x80000000)
-            nan: tl.constexpr = 0x7FF00000 if IS_E4M3 else 0x7FE00000   # all the bits that remain are ones
-            x = tl.where(x != x, nan, signed).to(tl.float32, bitcast=True)
+            x = round_to(x, 448.0, -6, 3) if IS_E4M3 else round_to(x, 57344.0, -14, 2)
             return x.to(tl.float8e4nv if IS_E4M3 else tl.float8e5)
         elif IS_E4M3:
             return tl.inline_asm_elementwise(CAST_E4M3, REGISTERS, [x], tl.float8e4nv, is_pure=True, pack=4)
@@ -484,20 +509,19 @@ if HAS_TRITON:
         return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
     @triton.jit
-    def scale_of(amax, RULE: tl.constexpr, IS_E4M3: tl.constexpr = True):
+    def scale_of(amax, RULE: tl.constexpr, MAX: tl.constexpr = tl.constexpr(448.0)):
         """Return (scale, 1 / scale), float32, as `scale_from_amax`, of magnitudes (R, B) int32."""
-        fmt_max: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
-        emax: tl.constexpr = 8 if IS_E4M3 else 15
-        smallest: tl.constexpr = fmt_max * 2.0**-126
+        largest = tl.full((1, 1), MAX, tl.float32)
+        smallest: tl.constexpr = MAX * 2.0**-126
         amax = tl.maximum(amax, tl.full((1, 1), smallest, tl.float32).to(tl.int32, bitcast=True))
         if RULE == "fp32":
-            scale = tl.div_rn(amax.to(tl.float32, bitcast=True), tl.full((1, 1), fmt_max, tl.float32))
+            scale = tl.div_rn(amax.to(tl.float32, bitcast=True), largest)
             inverse = tl.div_rn(tl.full((1, 1), 1.0, tl.float32), scale)
         else:
-            rounded = amax
-            if RULE == "up":  # a mantissa above that of fmt_max (1.75) carries into the exponent
-                rounded += 0x1FFFFF
-            exponent = (rounded & 0x7F800000) - (emax << 23)
+            rounded, bits = amax, largest.to(tl.int32, bitcast=True)
+            if RULE == "up":  # a mantissa above that of MAX carries into the exponent
+                rounded += 0x7FFFFF - (bits & 0x7FFFFF)
+            exponent = (rounded & 0x7F800000) - (bits & 0x7F800000) + (127 << 23)
             scale = exponent.to(tl.float32, bitcast=True)
             inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
         finite = amax < 0x7F800000
@@ -505,8 +529,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _quantize_kernel(x_ptr, q_ptr, scale_ptr, R, C, stride_r, stride_c, scale_rows, ROWS: tl.constexpr,
-                         COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr,
-                         IS_E4M3: tl.constexpr, AS_E8M0: tl.constexpr):
+                         COLS: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr, AS_E8M0: tl.constexpr,
+                         MAX: tl.constexpr, EMIN: tl.constexpr, MANTISSA: tl.constexpr, KIND: tl.constexpr):
         """Quantize a tile (ROWS, COLS) of x, any strides, under a scale per GROUP columns of a row, or under
         given scales, of `scale_rows` rows each."""
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -516,17 +540,22 @@ if HAS_TRITON:
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if RULE == "given":
             scale = tl.load(scale_ptr + r // scale_rows, mask=r < R, other=1.0)
-            q = to_fp8(x * tl.div_rn(1.0, scale)[:, None], IS_E4M3)
+            x *= tl.div_rn(1.0, scale)[:, None]
         else:
             x = tl.reshape(x, (ROWS, COLS // GROUP, GROUP))
-            scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, IS_E4M3)    # (ROWS, COLS / GROUP)
-            q = to_fp8(tl.reshape(x * inverse[:, :, None], (ROWS, COLS)), IS_E4M3)
+            scale, inverse = scale_of(tl.max(magnitude(x), axis=2), RULE, MAX)        # (ROWS, COLS / GROUP)
+            x = tl.reshape(x * inverse[:, :, None], (ROWS, COLS))
             groups = tl.cdiv(C, GROUP)
             g = tl.program_id(1) * (COLS // GROUP) + tl.arange(0, COLS // GROUP)
             if AS_E8M0:
                 scale = ((scale.to(tl.int32, bitcast=True) >> 23) & 255).to(tl.uint8)
             tl.store(scale_ptr + r[:, None] * groups + g[None, :], scale,
                      mask=(r < R)[:, None] & (g < groups)[None, :])
+        if KIND == "E4M3" or KIND == "E5M2":
+            q = to_fp8(x, KIND == "E4M3")
+        else:
+            x = round_to(x, MAX, EMIN, MANTISSA)
+            q = (x * 64.0).to(tl.int8) if KIND == "INT8" else to_fp8(x)
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
 
     def quantize_triton(x, fmt, block, rule, scale=None):
@@ -538,10 +567,12 @@ if HAS_TRITON:
             rows, cols, group, scale_rows = 16, 256, block[1], 1
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
             scale = torch.empty(R, cdiv(C, group), device=x.device, dtype=dtype)
-        q = torch.empty(R, C, device=x.device, dtype=fmt.dtype)
+        dtype = torch.int8 if fmt is INT8 else fmt.dtype or E4M3.dtype
+        q = torch.empty(R, C, device=x.device, dtype=dtype)
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), scale_rows, ROWS=rows,
-            COLS=cols, GROUP=group, RULE=rule, IS_E4M3=fmt is E4M3, AS_E8M0=e8m0, num_warps=4)
+            COLS=cols, GROUP=group, RULE=rule, AS_E8M0=e8m0, MAX=fmt.max, EMIN=fmt.emin,
+            MANTISSA=fmt.mantissa_bits, KIND=fmt.name, num_warps=4)
         return Quantized(q, scale, block)
 
     @triton.jit
@@ -570,7 +601,8 @@ if HAS_TRITON:
             x *= tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)[:, None]
         if NORM == "rms" and weight_ptr is not None:
             x *= tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        scale, inverse = scale_of(tl.max(magnitude(x), axis=1)[:, None], RULE, IS_E4M3)      # (ROWS, 1)
+        amax = tl.max(magnitude(x), axis=1)[:, None]
+        scale, inverse = scale_of(amax, RULE, 448.0 if IS_E4M3 else 57344.0)                 # (ROWS, 1)
         tl.store(scale_ptr + r[:, None], scale)
         store_row(q_ptr, x * inverse, r, c, C, C, IS_E4M3)
 
@@ -741,8 +773,8 @@ def sqnr(x, approximation, group=None):
     return (10 * torch.log10(signal / noise.clamp(min=1e-300)))[signal > 0].clamp(max=100).mean().item()
 
 
-QUANTIZERS = {name: partial(quantize_reference, block=recipe.act_block, rule=recipe.rule)
-              for name, recipe in RECIPES.items() if recipe}
+QUANTIZERS = {name: partial(quantize_reference, block=RECIPES[name].act_block, rule=RECIPES[name].rule)
+              for name in ("tensor", "group", "mx", "moss")}
 QUANTIZERS |= {"two-level": quantize_two_level, "s = 1": partial(quantize_two_level, global_scale=1.0)}
 
 

@@ -121,7 +121,7 @@ class Linear(nn.Module):
             given, weight = self.recipe.weight_scale != "block", self.weight.detach()
             if given and scale is None and self.experts:   # one for each
                 amax = block_amax(weight, (len(weight) // self.experts, ALL))
-                scale = scale_from_amax(amax, E4M3, self.recipe.rule)
+                scale = scale_from_amax(amax, E4M3, self.recipe.weight_rule)
             scale = scale.detach().view(-1, 1) if given and scale is not None else None
             self.set_copies(quantize_weight(weight, self.recipe, scale))
 
@@ -629,9 +629,10 @@ def shares_lost(x, dy, recipe):
     """Return the shares of X (T, K) and ("_grad") of dY (T, N) that saturate, and that folding blocks of 32
     into a scale per token changes; and ("folded_wgrad") of FP8 dY, that the fold across tokens changes."""
     rows = x.any(1) & dy.any(1)   # one of both is zero where a row fills up those of an expert
-    x, dy, fmt = x[rows], dy[rows], FORMATS[recipe.grad_format]
-    x_q, dy_q = (quantize(z, f, recipe.act_block, recipe.rule) for z, f in ((x, E4M3), (dy, fmt)))
-    shares = {"saturated": saturated_share(x, x_q), "saturated_grad": saturated_share(dy, dy_q)}
+    x, dy, formats = x[rows], dy[rows], (FORMATS[recipe.act_format], FORMATS[recipe.grad_format])
+    x_q, dy_q = (quantize(z, fmt, recipe.act_block, recipe.rule) for z, fmt in zip((x, dy), formats))
+    fmt, saturated = formats[1], map(saturated_share, (x, dy), (x_q, dy_q), formats)
+    shares = dict(zip(("saturated", "saturated_grad"), saturated))
     if recipe.act_block == (1, ALL):
         exact = uncast(dy_q.data) * wgrad_factor(dy_q, x_q)[0]
         shares |= {"folded": fold_loss(x)[0], "folded_grad": fold_loss(dy, fmt)[0],

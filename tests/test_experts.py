@@ -291,7 +291,7 @@ def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(
     assert (exact["load"] - got["load"]).abs().sum() < 10
     for name in exact:
         assert got[name].dtype == exact[name].dtype, name
-        assert sqnr(exact[name], got[name]) > 8, name
+        assert sqnr(exact[name], got[name]) > (5 if fp8 in ("mxfp6", "mxfp4") else 8), name
 
 
 NEAR_ROUTER = ("router.weight", "norm2.weight", "input", "norm1.weight", "qkv.weight", "out.weight")
@@ -345,9 +345,9 @@ def test_x_and_dy_are_quantized_once_per_token_and_nothing_else_by_itself(monkey
     of the norm, and dY. SwiGLU and its gradient are cast where they are computed."""
     casts = []
     for name in ("quantize_norm", "quantize_swiglu", "quantize_swiglu_gradient"):
-        def spy(*arguments, name=name, original=getattr(m, name)):
+        def spy(*arguments, name=name, original=getattr(m, name), **options):
             casts.append((name, len(getattr(arguments[0], "data", arguments[0]))))
-            return original(*arguments)
+            return original(*arguments, **options)
         monkeypatch.setattr(m, name, spy)
     block_step("moss", B=3, T=48)
     T, R = 3 * 48, len(m.route(torch.zeros(3 * 48, 2, dtype=torch.int64), 4).token)

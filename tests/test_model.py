@@ -354,7 +354,8 @@ def test_fp8_changes_loss_and_gradients_by_little(fp8):
     assert quantized.pop("loss").item() == pytest.approx(exact["loss"].item(), abs=0.01)
     for name in quantized:
         similarity = torch.cosine_similarity(exact[name].flatten(), quantized[name].flatten(), dim=0)
-        assert similarity > 0.98, name   # E5M2 gradients (tensor) keep 3 bits: errors of 4% on average
+        # E5M2 gradients (tensor) keep 3 bits: errors of 4% on average. E2M1 keeps 2.
+        assert similarity > (0.95 if fp8 == "mxfp4" else 0.98), name
 
 
 def test_initial_weights_are_the_same_under_every_recipe_and_smaller_where_the_residual_stream_is_written():
@@ -500,7 +501,9 @@ def test_blocks_of_all_recipes_work_in_one_model():
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
     assert model.blocks[2].qkv.w.scale.shape == (2, 1) and model.blocks[4].qkv.w.scale == 1e-3
     watched = m.watch(model, tokens(48, 27), tokens(48, 27))   # 27 is no multiple of 16
-    assert [shares.keys() for shares in watched] == 3 * 4 * [{"saturated", "saturated_grad"}] + 4 * [SHARES]
+    folds = [name == "moss" for name in RECIPES if name != "none" for _ in range(4)]
+    assert [shares.keys() for shares in watched] == [
+        SHARES if fold else {"saturated", "saturated_grad"} for fold in folds]
 
 
 @pytest.mark.parametrize("fp8, fused", [("none", False), ("group", False), ("moss", False), ("moss", True)])
