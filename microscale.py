@@ -281,6 +281,25 @@ def transposed(w):
     return Quantized(transpose(w.data), w.scale.t().contiguous(), w.block[::-1])
 
 
+@torch.no_grad()
+def diffuse(weight, x, x_q, recipe):
+    """Quantize W (N, K) by error diffusion (GPFQ, arXiv 2010.15979): input after input, each weight makes up
+    for what those before it have lost, on calibration inputs X (T, K), which the layer sees as X_q.
+
+        u += x_k w_k^T     q_k = round(x_q,k u / |x_q,k|^2)     u -= x_q,k q_k^T       u (T, N); x_k: column k
+    """
+    q, fmt = quantize_weight(weight, recipe)[0], FORMATS[recipe.weight_format]
+    scale = expand_blocks(q.scale.float(), weight.shape, q.block).expand_as(weight)
+    u = x.new_zeros(len(x), len(weight))
+    for k in range(weight.shape[1]):
+        u.addr_(x[:, k], weight[:, k])
+        size = x_q[:, k].square().sum()
+        best = torch.where(size > 0, x_q[:, k] @ u / size, weight[:, k])      # (N,)
+        q.data[:, k] = to_grid(best / scale[:, k], fmt)
+        u.addr_(x_q[:, k], uncast(q.data[:, k]) * scale[:, k], alpha=-1)
+    return q
+
+
 # ---------------------------------------------------------------------------------------------------
 # The operations around a linear layer. On a GPU, the kernels of the quantizers compute them, too.
 
@@ -354,8 +373,8 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
     """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor, (E, 1)
-    those of E groups of R / E rows. Two levels, other roundings, blocks of 128 x 128, which only weights have,
-    and widths not in KERNEL_WIDTHS are left to PyTorch."""
+    those of E groups of R / E rows. Left to PyTorch are two levels, other roundings, blocks of 128 x 128,
+    which only weights have, widths not in KERNEL_WIDTHS, and rows of formats that are not FP8."""
     expect("x", x, (None, None), "rows that products sum along")
     groups = 1 if scale is None else math.gcd(len(x), len(scale))   # len(scale) if that divides the rows
     expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))
@@ -823,6 +842,22 @@ TABLES = [
      "Powers of two along both axes share one grid. FP32 scales do not: rounding twice mostly costs 2 dB.")]
 
 
+def show_diffusion(N=64, K=256, sizes=(64, 128, 256, 512, 4096)):
+    """Print the error of a layer's output on new inputs, of which 48 directions have most of the energy."""
+    torch.manual_seed(0)
+    weight, directions = torch.randn(N, K), torch.randn(48, K) / 7
+    new, *sets = (torch.randn(T, 48) @ directions + 0.4 * torch.randn(T, K) for T in (4096, *sizes))
+    print(f"4. Error of a layer of {K} inputs: W rounded, and by error diffusion on so many tokens\n\n"
+          f"   {'':10}{'rounded':>9}" + "".join(f"{T:9}" for T in sizes))
+    for recipe in (RECIPES[name] for name in ("mx", "mxfp6", "mxfp4")):
+        act = partial(quantize, fmt=FORMATS[recipe.act_format], rule=recipe.rule)
+        ways = [quantize_weight(weight, recipe)[0]]
+        ways += [diffuse(weight, x, act(x).dequantize(), recipe) for x in sets]
+        errors = (sqnr(new @ weight.t(), act(new).dequantize() @ q.dequantize().t()) for q in ways)
+        print(f"   {recipe.name:10}" + "".join(f"{10 ** (-error / 20):9.1%}" for error in errors))
+    print("-> It takes more tokens than inputs. With fewer it fits their noise, and may do worse.\n")
+
+
 def show_bandwidth(T=16384, d=4096, ffn=11008):
     """Print the time of every kernel at the sizes of a 7B layer, next to a copy that moves as many bytes."""
     from triton.testing import do_bench
@@ -845,7 +880,7 @@ def show_bandwidth(T=16384, d=4096, ffn=11008):
             6 * T * ffn, lambda: quantize_swiglu_gradient(experts_q, da.view(-1, 1024), p)),
         "sums of 8 rows": (2 * T * d + T * d // 4, lambda: combine(x, rows)),
         "FP8 X to X^T, a factor per row": (2 * T * d, lambda: transpose(q.data, factor))}
-    print(f"4. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
+    print(f"5. {torch.cuda.get_device_name()}: one reading of the input; {T} tokens, d = {d}, SwiGLU {ffn}\n")
     print(f"   {'':34}     us   TB/s   share of the bandwidth of a copy")
     for name, (nbytes, function) in kernels.items():
         source, target = torch.randn(2, nbytes // 4, device="cuda", dtype=torch.bfloat16)
@@ -859,5 +894,6 @@ if __name__ == "__main__":
         for name, x in examples().items():
             print(f"   {name:22}" + "".join(f"{column(x):>13}" for column in columns.values()))
         print(f"-> {reading}\n")
+    show_diffusion()
     if torch.cuda.is_available() and kernels_run_on("cuda"):
         show_bandwidth()

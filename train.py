@@ -1099,7 +1099,7 @@ def report(c):
     ranks, saved = start(c)
     recipes, first = c.fp8.split(","), None
     need(len(recipes) == 1 and not c.export or ranks.world == 1,
-         "--eval_only of several recipes and --export: run them without torchrun")
+         "--eval_only of several recipes, or --export: run it without torchrun")
     for fp8 in recipes:
         run = build(replace(c, fp8="none" if c.export else fp8), ranks, saved)
         if c.export:
