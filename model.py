@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8_formats import E4M3, FORMATS, cast, uncast
 from gemm_kernel import Groups, fp8_linear, grouped_reference, matmul, transpose_for_wgrad, wgrad_factor
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
-                        combine, fold_loss, quantize, quantize_norm, quantize_swiglu,
+                        combine, diffuse, fold_loss, quantize, quantize_norm, quantize_swiglu,
                         quantize_swiglu_gradient, quantize_weight, rope, rope_into, saturated_share,
                         scale_from_amax, swiglu)
 
@@ -655,6 +655,21 @@ def watch(model, tokens, targets):
     for hook in hooks:
         hook.remove()
     return [shares_lost(x, dy.flatten(0, -2), recipe) for (recipe, x, _), dy in zip(seen, gradients)]
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def calibrate(model, tokens):
+    """Quantize the weights anew by error diffusion, each layer on the inputs (T, K) that it gets from `tokens`
+    (B, T) when those before it have been. For evaluation: the copies that backward reads stay."""
+    for layer in model.linears():
+        seen = []
+        hook = layer.register_forward_hook(lambda layer, x, y: seen.append(x[0].flatten(0, -2).float()))
+        model(tokens)
+        hook.remove()
+        x, recipe = seen[0], layer.recipe
+        x_q = quantize(x, FORMATS[recipe.act_format], recipe.act_block, recipe.rule).dequantize()
+        layer.set_copies((diffuse(layer.weight, x, x_q, recipe), layer.copies[1]))
 
 
 def flops_per_token(model):

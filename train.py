@@ -51,7 +51,7 @@ from fp8_formats import picture
 from hugging_face import (config_for, config_of, load_weights, open_tokenizer, save_folder, token_cache,
                           write_tokens)
 from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
-from model import PRESETS, RECOMPUTE, ModelConfig, Transformer, flops_per_token, watch
+from model import PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, flops_per_token, watch
 
 
 class UserError(Exception):
@@ -122,6 +122,7 @@ class Config:
     # one of these, instead of beginning a run
     resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options, or begin")
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
+    calibrate: int = opt(0, "with --eval_only: diffuse errors of the weights (GPFQ) on so many tokens", 0)
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
     export: str = opt(None, "folder: write the newest checkpoint in --out for transformers, in BF16")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
@@ -1108,6 +1109,10 @@ def report(c):
             return ranks.say(f"wrote {c.export}")
         if c.sample:
             return ranks.say(sample(run, c.sample))
+        if c.calibrate and fp8 != "none":
+            need(not run.model.config.experts, "--calibrate: a mixture of experts cannot be, leave it out")
+            windows = range(max(c.calibrate // c.seq, 1))   # of the training data
+            calibrate(run.model, run.batches.load(map(run.batches.start, windows), ranks.device)[0])
         loss = evaluate(run, gradient=len(recipes) > 1)
         line = f"{saved['path'] if saved else c.init}  {fp8:8}  {numerics(fp8, ranks.device)}  "
         line += "  ".join(f"{name} {value:.4f}" for name, value in {"validation loss": loss,
