@@ -18,7 +18,8 @@ repairs the bound: |m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_
 
 Its *headroom*, scale / true scale, never falls below 1. Up to about 2^10 it costs next to no accuracy. This
 holds for Adam and AdamW with decoupled decay, for any gradients (clipped, noisy, or none), for amsgrad, whose
-v is only larger, and in exact arithmetic for any eps. SGD, Lion and L2 decay move weights by other rules.
+v is only larger, and in exact arithmetic for any eps. Muon's steps have a bound of another kind
+(muon_update_bound). SGD, Lion and L2 decay move weights by other rules.
 """
 import argparse
 import inspect
@@ -83,6 +84,38 @@ def worst_case_gradients(t: int, beta1: float, beta2: float) -> torch.Tensor:
     return gradients / gradients.max()
 
 
+def muon_update_bound(shape, group) -> float:
+    """The largest entry of a step of torch.optim.Muon on a weight of this shape, over the learning rate.
+
+    Muon divides a matrix by its Frobenius norm, so that no singular value x exceeds 1 (in BF16: 1.01), and
+    takes Newton-Schulz steps, which leave the singular vectors and turn each x into
+
+        p(x) = a x + b x^3 + c x^5                (a, b, c) = `ns_coefficients` of the parameter group
+
+    If x <= M before a step, then |p(x)| <= max |p| over [0, M] after it, which lies at M or where p'(x) = 0.
+    An entry of a matrix is at most its largest singular value: by default 1.2024 after 5 steps. A diagonal
+    gradient attains it. Most do not: an entry of a wide matrix is about 1 / sqrt(width) of the norm. Last,
+    `adjust_lr_fn` multiplies the learning rate by a factor for the shape (rows, columns).
+    """
+    (a, b, c), largest, (rows, columns) = group["ns_coefficients"], 1.01, shape
+    root = math.sqrt(max(9 * b * b - 20 * a * c, 0))
+    turns = [sign / (10 * c) for sign in (-3 * b - root, -3 * b + root)] if c else [-a / (3 * b or math.inf)]
+    for _ in range(group["ns_steps"]):
+        inside = [math.sqrt(square) for square in turns if 0 < square < largest * largest]
+        largest = min(max(abs(a * x + b * x**3 + c * x**5) for x in (largest, *inside)), 1e9)
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return largest * 0.2 * math.sqrt(max(rows, columns))
+    return largest * math.sqrt(max(1, rows / columns))
+
+
+def step_bound(group, step, shape=None) -> float:
+    """Return the most that step number `step`, from 1, of an optimizer moves an entry of a weight, over its
+    learning rate, with room for rounding. `group` is its parameter group; Muon's depends on the shape."""
+    if "ns_steps" in group:
+        return muon_update_bound(shape, group) * MUON_SLACK
+    return adam_update_bound(step, *map(float, group["betas"])) * UPDATE_SLACK
+
+
 # ---------------------------------------------------------------------------------------------------
 # The scales
 
@@ -94,6 +127,9 @@ WEIGHT_SLACK = 1 + 2**-21
 # corrections in FP32 (capturable=True, for CUDA graphs) add up to 2u / (1 - beta2). For the betas that
 # check_optimizer accepts, both together stay below 2^-9. Twice that is 0.4% of an update.
 UPDATE_SLACK = 1 + 2**-8
+# Newton-Schulz steps round to BF16, by 2^-9 of an entry. Such errors point in all directions: their matrix
+# has a norm of about 2^-9 of that of what is rounded, at any shape. 0.06% was seen, and 3% are allowed.
+MUON_SLACK = 1 + 2**-5
 
 
 class WeightScales:
@@ -144,15 +180,16 @@ class WeightScales:
         If not, call it before step() of FP8AdamW, which needs the new scales; others take either order."""
         return self.mode == "current" or (self.interval > 0 and step % self.interval == 0)
 
-    def update(self, lr, betas, weight_decay: float, step: int) -> None:
+    def update(self, lr, bound, weight_decay: float, step: int) -> None:
         """Move the scales by one optimizer step. Call it once for each that is taken, when `measures` says.
 
-        lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
-        count, from 1. The host does not wait for the GPU (unless lr is a tensor there).
+        lr and the decoupled weight_decay are those of that step, for all weights; `step` counts from 1;
+        `bound` is its `step_bound`: a number for all scales, or (n,), one for each. The host does not wait
+        for the GPU (unless lr is a tensor there).
 
         Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. Its scale
-        still grows, because zero_grad() may have come before update(). Such a weight counts fewer steps, but
-        `step` is safe for it, because kappa_t never decreases.
+        still grows, because zero_grad() may have come before update(). Such a weight counts fewer of Adam's
+        steps, but `step` is safe for it, because kappa_t never decreases.
         """
         if self.measures(step):
             return self.rescale()
@@ -163,7 +200,7 @@ class WeightScales:
         else:
             for w, scale in zip(self.weights, self.views):
                 scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
-        self.scale.add_(abs(lr) * adam_update_bound(step, *betas) * UPDATE_SLACK / E4M3.max)
+        self.scale.add_(abs(lr) * bound / E4M3.max)
 
     def state_dict(self) -> dict:
         """Return a copy of the state. A run resumed without it would quantize with other scales."""
@@ -184,6 +221,8 @@ class WeightScales:
 
 MAX_BETA_RATIO = 0.999  # of beta1^2 / beta2; from 1 on, kappa_t grows without limit
 MIN_EPS = 1e-15         # with less, squared gradients that underflow FP32 leave v = 0 under an m > 0
+MUON = getattr(torch.optim, "Muon", None)   # from PyTorch 2.9 on
+MAX_MUON = 4            # of |p|; coefficients that let it grow do not orthogonalize
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -191,8 +230,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     def refuse(reason):
         raise ValueError(f"{type(optimizer).__name__}: {reason}; use torch.optim.AdamW with usual settings, "
                          "or WeightScales(..., mode='current')")
+    if type(optimizer) is MUON:
+        for group in optimizer.param_groups:
+            bound = muon_update_bound((1, 1), group)
+            if not (bound < MAX_MUON and group["eps"] >= MIN_EPS):
+                refuse(f"ns_coefficients {group['ns_coefficients']}, eps {group['eps']}: {bound:.3g} lr")
+        return
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, FP8AdamW):   # subclasses may differ
-        refuse("weight scales are predicted from the bound on Adam's update")
+        refuse("weight scales are predicted from the bound on the updates of Adam and Muon")
     for group in optimizer.param_groups:
         (beta1, beta2), eps, decay = map(float, group["betas"]), group["eps"], group["weight_decay"]
         adam_update_bound(1, beta1, beta2)   # refuses betas outside [0, 1)
@@ -361,7 +406,7 @@ def regression_run(steps=800, interval=200):
         optimizer.zero_grad()
         (torch.randn(128, 64) @ (weight - target).T).square().mean().backward()
         optimizer.step()
-        scales.update(lr, betas, decay, step)
+        scales.update(lr, step_bound(optimizer.param_groups[0], step), decay, step)
         delayed = max(measured[-16:])   # of the steps before this one, as in Transformer Engine
         measured += scales.true_scale().tolist()
         rows.append((step, lr, measured[-1], scales.scale.item(), delayed))
@@ -404,7 +449,8 @@ def print_timing():
         p, g, m, v = (torch.rand(N, K, device=device) for _ in range(4))
         p.grad, scales = g, WeightScales([p], interval=0)
         scale, adamw = scales.scale.view(1, 1), torch.optim.AdamW([p], lr=1e-3, fused=True)
-        tasks = [lambda: scales.update(1e-3, (0.9, 0.95), 0.1, 100), scales.rescale, adamw.step,
+        bound = step_bound({"betas": (0.9, 0.95)}, 100)
+        tasks = [lambda: scales.update(1e-3, bound, 0.1, 100), scales.rescale, adamw.step,
                  lambda: transpose(quantize(p, E4M3, (ALL, ALL), "fp32", scale).data)]
         if kernels_run_on(device):
             w, w_t = (torch.empty(shape, device=device, dtype=E4M3.dtype) for shape in ((N, K), (K, N)))

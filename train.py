@@ -46,7 +46,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from autoscale import FP8AdamW, WeightScales, check_optimizer
+from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, step_bound
 from fp8_formats import picture
 from hugging_face import (config_for, config_of, load_weights, open_tokenizer, save_folder, token_cache,
                           write_tokens)
@@ -98,7 +98,8 @@ class Config:
     batch: int = opt(None, "sequences per micro-batch and rank (default: by preset)", 1)
     accum: int = opt(None, "micro-batches per step, over all ranks together (default: by preset)", 1)
     seq: int = opt(None, "tokens per sequence (default: the preset's)", 1, 2**24)
-    # optimizer: AdamW
+    # optimizer
+    optimizer: str = opt("adamw", "adamw, or muon for the blocks' matrices and AdamW for all else")
     lr: float = opt(None, "peak learning rate; a cosine takes it to a tenth (default: by preset)", 1e-30, 10)
     warmup: int = opt(None, "steps of linear warm-up (default: a tenth of the steps, at most 2000)", 0)
     beta1: float = opt(0.9, "decay of the gradient's mean", 0, 1 - 1e-9)
@@ -170,6 +171,7 @@ def resolve(c, device, world, saved=None):
     c.fp8 = c.fp8 or (",".join(RECIPES) if c.bench else "moss")
     recipes = c.fp8.split(",") if c.bench or c.eval_only else [c.fp8]
     names = [("fp8", fp8, RECIPES) for fp8 in recipes]
+    names += [("optimizer", c.optimizer, ("adamw", "muon"))]
     names += [("model", c.model, PRESETS)] * (c.model is not None) + [("recompute", c.recompute, RECOMPUTE)]
     for option, value, known in names:
         need(value in known, f"--{option} {value} is unknown: choose one of {', '.join(known)}")
@@ -219,14 +221,24 @@ def shape_of(c, saved=None):
 
 def make_optimizer(model, c, mine=lambda p: True):
     """Return AdamW with three groups under every recipe: quantized weights, other matrices, norms (no decay).
-    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well."""
-    layers = {layer.weight: layer for layer in model.linears() if layer.recipe and mine(layer.weight)}
+    Recipes that predict weight scales use FP8AdamW, which writes the FP8 copies as well. --optimizer muon is
+    Muon for the blocks' matrices, with steps as large as AdamW's; its `others`, an AdamW, step the rest."""
+    muon, linears = c.optimizer == "muon", model.linears()
+    layers = {layer.weight: layer for layer in linears if (layer.recipe or muon) and mine(layer.weight)}
     trained = [p for p in model.parameters() if p.requires_grad and mine(p)]
     others = [p for p in trained if p not in layers]
     groups = [dict(params=[p for p in trained if p in layers], weight_decay=c.weight_decay),
               dict(params=[p for p in others if p.dim() >= 2], weight_decay=c.weight_decay),
               dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0)]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), fused=model.embed.weight.is_cuda)
+    if muon:
+        need(MUON and not model.config.experts, "--optimizer muon needs PyTorch 2.9 or newer and no experts, "
+                                                "which are many matrices in one weight: use adamw")
+        optimizer = MUON(groups[:1], lr=c.lr, adjust_lr_fn="match_rms_adamw")
+        optimizer.others = torch.optim.AdamW(groups[1:], **options)
+        optimizer.others.state = optimizer.state   # one for the checkpoint
+        optimizer.register_step_post_hook(lambda *_: optimizer.others.step())
+        return optimizer
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
     return FP8AdamW(groups, layers.values(), **options)   # the scales of frozen weights change, too
@@ -256,7 +268,10 @@ def update_weights(run, lr, update):
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
-        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update)
+        group, shapes = run.optimizer.param_groups[0], [weight.shape for weight in scales.weights]
+        bound = step_bound(group, update) if c.optimizer == "adamw" else scales.scale.new_tensor(
+            [step_bound(group, update, shape) for shape in shapes])
+        scales.update(lr, bound, c.weight_decay, update)
     run.optimizer.step()
     if scales and measured:
         scales.rescale()
@@ -340,8 +355,9 @@ def loop(run, log, saver):
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
         step, lr = progress.step, learning_rate(progress.step, c)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in (run.optimizer, getattr(run.optimizer, "others", run.optimizer)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
         if ranks.device.type == "cuda":   # which is still busy: read ahead
@@ -429,7 +445,8 @@ def start(c):
         if name not in c.given:
             setattr(c, name, was)
         elif getattr(c, name) != was:
-            need(name not in ("beta1", "beta2"), f"--{name} was {was}, as Adam's moments are: leave it out")
+            need(name not in ("beta1", "beta2", "optimizer"),
+                 f"--{name} was {was}, as the moments in the checkpoint are: leave it out")
             ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}")
     for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
@@ -1173,7 +1190,7 @@ def bench(c):
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
-            run.optimizer.zero_grad()
+            run.model.zero_grad()
         first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * first + second)
         rows[fp8] = row = {"fwd+bwd ms": first, "optimizer ms": second, "tokens/s": speed,

@@ -391,6 +391,21 @@ def test_experts_train_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(rec
     assert 0 < bias.abs().max() <= 8e-3 and read_log(tmp_path / "one")[-1]["load"] > 1   # of 4 steps by 1e-3
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
+@pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
+def test_muon_trains_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(recipe, tiny, tmp_path, capsys):
+    command = f"--optimizer muon --fp8 {recipe} --accum 2 --eval_batches 2 --rescale_interval 3 --clip 1e30"
+    train_on(1, tiny(command, "one"))
+    for ranks in (2, 1):
+        train_on(ranks, tiny(command, f"by {ranks}"), stop_at=1 if ranks == 2 else 2)
+        train_on(ranks, go_on(tmp_path / f"by {ranks}"))
+        assert same_state(tmp_path / "one", tmp_path / f"by {ranks}", STATE[:2])
+    last = read_log(tmp_path / "one")[-1]
+    assert recipe == "none" or last["scale_ratio_min"] >= 1 - 1e-6
+    assert train.main(tiny("--optimizer muon --model nano-moe")) == 2 and "experts" in capsys.readouterr().err
+    assert train.main([*go_on(tmp_path / "one"), "--optimizer", "adamw"]) == 2
+
+
 def test_a_skipped_step_and_more_evaluations_move_no_bias_of_a_router(tiny, tmp_path, monkeypatch):
     run(tiny("--model nano-moe --fp8 moss --eval_every 1 --log_every 1", "often"))
     run(tiny("--model nano-moe --fp8 moss --eval_every 4 --log_every 4 --recompute block", "seldom"))
