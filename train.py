@@ -298,7 +298,7 @@ def forward_backward(run, step):
     c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
     loads = torch.zeros(c.layers, run.model.config.experts, device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
-    for micro in mine:
+    for micro, upcoming in zip(mine, [*((step, micro) for micro in mine[1:]), (step + 1, mine[0])]):
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
@@ -309,6 +309,8 @@ def forward_backward(run, step):
         loss_sum += loss.detach() / c.accum
         if loads.numel():
             loads += run.model.loads
+        if ranks.device.type == "cuda":   # which is still busy: read ahead
+            run.batches.step(*upcoming, ranks.device)
     return loss_sum, loads, (tokens, targets)
 
 
@@ -360,8 +362,6 @@ def loop(run, log, saver):
                 group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
-        if ranks.device.type == "cuda":   # which is still busy: read ahead
-            run.batches.step(step + 1, ranks.rank, ranks.device)
         health = scale_health(run, *last_batch) if logging else {}
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
