@@ -185,9 +185,20 @@ class Recipe:
     grad_format: str = "e4m3"
     act_format: str = "e4m3"
     weight_format: str = "e4m3"
-    rounding: str = "nearest_even"   # or "half_away", "stochastic"
+    rounding: str = "nearest_even"   # or "half_away"; or "stochastic", and a run that resumes draws others
 
     def __post_init__(self):
+        for name in (self.act_format, self.weight_format, self.grad_format):
+            check_name("format", name, FORMATS)
+        check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
+        small = not all(FORMATS[name].dtype for name in (self.act_format, self.grad_format))
+        plain = self.rounding == "nearest_even"
+        if self.rule == "two-level" and (self.act_block != (1, 32) or not plain) or small and (
+                self.act_block[0] != 1 or self.act_block[1] == ALL) or not plain and (
+                self.weight_scale != "block" or self.act_block[1] == ALL):
+            raise ValueError(f"recipe {self.name!r}: two levels have blocks (1, 32) and are rounded to even; "
+                             f"formats that are not FP8 and other roundings need blocks (1, n), and weights "
+                             f"rounded so a weight_scale 'block'")
         if self.weight_scale != "block" and (self.weight_block, self.weight_format) != ((ALL, ALL), "e4m3"):
             raise ValueError(f"recipe {self.name!r}: weights in {self.weight_format} and blocks "
                              f"{self.weight_block}: one scale, {self.weight_scale!r}, is of e4m3 and blocks "
@@ -245,7 +256,8 @@ def fold_loss(x, fmt=E4M3):
 
 def saturated_share(x, q, fmt):
     """Return the share of the values of x (R, C) beyond the largest number that their block of q can hold."""
-    limit = replace(q, data=torch.full_like(q.data, fmt.max)).dequantize()
+    largest = fmt.max / fmt.min_subnormal if fmt is INT8 else fmt.max
+    limit = replace(q, data=torch.full_like(q.data, largest)).dequantize()
     return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale is rounded
 
 
@@ -295,7 +307,7 @@ def diffuse(weight, x, x_q, recipe):
         u.addr_(x[:, k], weight[:, k])
         size = x_q[:, k].square().sum()
         best = torch.where(size > 0, x_q[:, k] @ u / size, weight[:, k])      # (N,)
-        q.data[:, k] = to_grid(best / scale[:, k], fmt)
+        q.data[:, k] = to_grid(best / scale[:, k], fmt, recipe.rounding)
         u.addr_(x_q[:, k], uncast(q.data[:, k]) * scale[:, k], alpha=-1)
     return q
 

@@ -660,8 +660,8 @@ def watch(model, tokens, targets):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def calibrate(model, tokens):
-    """Quantize the weights anew by error diffusion, each layer on the inputs (T, K) that it gets from `tokens`
-    (B, T) when those before it have been. For evaluation: the copies that backward reads stay."""
+    """Quantize the weights anew by error diffusion, each layer on the inputs that it gets from tokens (B, T)
+    when those before it have been. For evaluation: the copies that backward reads stay."""
     for layer in model.linears():
         seen = []
         hook = layer.register_forward_hook(lambda layer, x, y: seen.append(x[0].flatten(0, -2).float()))

@@ -123,7 +123,7 @@ class Config:
     # one of these, instead of beginning a run
     resume: bool = opt(False, "go on from the newest checkpoint in --out, with its options, or begin")
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
-    calibrate: int = opt(0, "with --eval_only: diffuse errors of the weights (GPFQ) on so many tokens", 0)
+    calibrate: int = opt(0, "with --eval_only: diffuse errors of weights (GPFQ) on so many tokens", 0)
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
     export: str = opt(None, "folder: write the newest checkpoint in --out for transformers, in BF16")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
@@ -190,13 +190,14 @@ def resolve(c, device, world, saved=None):
         need(within, f"--{f.name} {value} must lie between {least} and {most}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
-    need(not c.init or (c.layers, max(c.seq, shape.seq)) == (shape.layers, shape.seq),
+    need(not c.init or saved or (c.layers, max(c.seq, shape.seq)) == (shape.layers, shape.seq),
          f"--layers {c.layers}, --seq {c.seq}: {c.init} has {shape.layers}, and at most {shape.seq} tokens")
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
          f"change --batch or --seq")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
+    need(not c.calibrate or c.eval_only, f"--calibrate {c.calibrate} is for --eval_only: leave it out")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
     return c
@@ -210,9 +211,10 @@ def shape_of(c, saved=None):
         return ModelConfig(**saved["model_config"])
     with blaming(f"--init {c.init}"):
         found = config_of(Path(c.init))
-    for name, value in config_for(PRESETS[c.model]).items() if c.model else ():
-        need(name == "max_position_embeddings" or config_for(found)[name] == value,
-             f"--model {c.model} has {name} {value}, {c.init} {config_for(found)[name]}: leave --model out")
+        theirs = config_for(found)
+        for name, value in config_for(PRESETS[c.model]).items() if c.model else ():
+            need(name == "max_position_embeddings" or theirs[name] == value,
+                 f"--model {c.model} has {name} {value}, {c.init} {theirs[name]}: leave --model out")
     return found
 
 
@@ -448,7 +450,8 @@ def start(c):
             need(name not in ("beta1", "beta2", "optimizer"),
                  f"--{name} was {was}, as the moments in the checkpoint are: leave it out")
             ranks.say(f"note: --{name} was {was} and is now {getattr(c, name)}")
-    for inside in map(os.path.realpath, () if reporting or c.bench else (".", c.data or ".")):
+    inputs = () if reporting or c.bench else (".", c.data or ".", c.init or ".", c.tokenizer or ".")
+    for inside in map(os.path.realpath, inputs):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
@@ -469,17 +472,17 @@ def make_model(c, device, vocab, saved=None):
 def build(c, ranks, saved=None):
     """Return a run: data (not for --bench), model, optimizer and scales, as in `saved` if that is given."""
     with blaming("--data"):
-        parts = () if c.bench or c.export else open_data(c.data)
+        parts = () if c.bench or c.export or c.sample and c.tokenizer else open_data(c.data)
     paths = dict.fromkeys(("data", "out", "init", "tokenizer", "device"))   # may differ
     check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None)
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
     is_text = parts and parts[0].dtype == np.uint8
-    if parts and c.tokenizer:
+    if c.tokenizer and not c.bench and not c.export:
         with blaming("--tokenizer"):
             run.tokenizer = open_tokenizer(c.tokenizer)
-        size = run.tokenizer.get_vocab_size()
+        size = max(run.tokenizer.get_vocab().values()) + 1
         need(size <= vocab or not c.init, f"--tokenizer {c.tokenizer} has {size} tokens, the model {vocab}")
         vocab = vocab if c.init else max(vocab, -(-size // 128) * 128)
         parts = [encode(part, run) for part in parts] if is_text else parts
@@ -579,10 +582,12 @@ def mfu(model, tokens_per_s, device):
 
 def sample(run, prompt=None, count=200):
     """Return what the model writes after `prompt`: "def ", or the first 16 tokens of the validation data."""
-    tokens, vocab, device = run.val_batches.tokens, run.model.config.vocab, run.ranks.device
-    is_text = tokens.dtype == np.uint8
+    vocab, device = run.model.config.vocab, run.ranks.device
+    tokens = run.val_batches and run.val_batches.tokens
+    is_text = tokens and tokens.dtype == np.uint8
     if run.tokenizer:
-        ids = run.tokenizer.encode(prompt or "def ").ids   # with the token that begins a text, if it has one
+        text = os.fsencode(prompt or "def ").decode("utf-8", "replace")
+        ids = run.tokenizer.encode(text).ids   # with the token that begins a text, if it has one
     elif is_text:
         ids = list(os.fsencode(prompt or "def "))
     elif not prompt:
@@ -672,7 +677,8 @@ def data_files(source):
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts))
             list(files_below(base, set()))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    files = [p for p in files if p.is_file() and p.name != "log.jsonl"]   # which is of a run
+    of_a_run = re.compile(r"(.*/)?(log[.]jsonl|step_[0-9]+([.]tmp)?/[^/]*)")
+    files = [p for p in files if p.is_file() and not of_a_run.fullmatch(p.as_posix())]
     files.sort(key=lambda p: (-len(p.parts), p.parts))   # of several links to a file the shortest stays
     files = sorted({os.path.realpath(p): p for p in files}.values())
     tokens = [p for p in files if p.suffix.lower() in (".bin", ".npy")]
@@ -704,10 +710,18 @@ def open_data(source):
 
 def encode(text, run):
     """Return Tokens of --tokenizer for Tokens of bytes. Rank 0 encodes them, once, to a file beside --out."""
-    path, dtype = token_cache(text.files, run.tokenizer, f"{run.c.out}.tokens"), np.dtype(np.uint32)
-    what = path, text.files, run.tokenizer, dtype, run.ranks.say
-    error = attempt(write_tokens, *what)[1] if run.ranks.rank == 0 and not path.exists() else None
-    need(not gather(error)[0], f"--tokenizer {run.c.tokenizer}: {path} cannot be written: {error}")
+    ranks, dtype = run.ranks, np.dtype(np.uint32)
+    path = token_cache(text.files, run.tokenizer, f"{os.path.abspath(run.c.out)}.tokens")
+    if ranks.rank == 0:
+        what, error = (path, text.files, run.tokenizer, dtype, ranks.say), ""
+        if not path.exists():
+            error = attempt(write_tokens, *what)[1] or ""
+        if ranks.store:
+            ranks.store.set(path.name, error)
+    else:   # a collective would not wait for hours
+        ranks.store.wait([path.name], timedelta(days=7))
+        error = ranks.store.get(path.name).decode()
+    need(not error, f"--tokenizer {run.c.tokenizer}: {path} cannot be written: {error}")
     return Tokens([(path, 0, path.stat().st_size // dtype.itemsize)], dtype, text.bytes)
 
 
@@ -782,6 +796,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: object = None   # what all ranks can read, with torchrun
 
     def say(self, text):
         """Print on rank 0. Output that cannot be written does not end a run."""
@@ -814,7 +829,7 @@ def start_ranks(name):
     except (ValueError, dist.DistError) as e:
         raise RunError(f"the ranks cannot meet ({str(e).splitlines()[0]}): use torchrun, and give each "
                        f"job a --master_port or --rdzv_endpoint of its own") from None
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, store)
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
@@ -929,7 +944,8 @@ class Saver:
         own = {name: {key: job.result() for key, job in kept.items()} for name, kept in jobs.items()}
         state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
-                   "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens)}
+                   "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens),
+                   "tokenizer": run.tokenizer and zlib.crc32(run.tokenizer.to_str().encode())}
         self.last = self.writer.submit(self.write, state, content)
 
     def finish(self):
@@ -1021,6 +1037,8 @@ def restore(run, saved):
             if run.c.resume:
                 run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept[name].items()}
     if run.c.resume:
+        mine = run.tokenizer and zlib.crc32(run.tokenizer.to_str().encode())
+        need(saved.get("tokenizer", mine) == mine, f"{run.c.tokenizer} has changed: bring back the run's")
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
         same = saved["config"]["fp8"] == run.c.fp8

@@ -176,18 +176,38 @@ def test_large_models_are_written_in_parts_with_an_index(tmp_path):
     "head_dim": (32, "head_dim = 32"), "rope_scaling": ({"type": "linear", "factor": 2.0}, "type = linear"),
     "rope_parameters": ({"rope_type": "llama3"}, "rope_type = llama3"),
     "partial_rotary_factor": (0.5, "partial_rotary_factor = 0.5"), "num_attention_heads": (3, "d = 64"),
+    "is_causal": (False, "is_causal = False"), "quantization_config": ({"bits": 4}, "quantization_config = "),
+    "model_type": ("olmo", "model_type = olmo"), "tie_word_embeddings": ("no", "tie_word_embeddings = no"),
+    "num_key_value_heads": (0, "num_key_value_heads = 0"), "sliding_window": ("64", "sliding_window = 64"),
+    "rope_parameters ": ({"rope_theta": "9"}, "rope_theta = 9"), "rms_norm_eps": ("1e-6", "rms_norm_eps = "),
     "hidden_size": (None, "hidden_size = None"), "vocab_size": ("many", "vocab_size = many")}.items())
 def test_what_the_model_does_not_compute_is_refused_by_name(change, message, folder, capsys):
     value, message = message
-    change_config(folder, **{change: value})
+    change_config(folder, **{change.strip(): value})
     assert run("--eval_only", "--init", folder) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
 def test_a_window_shorter_than_the_sequence_bounds_it(folder):
-    change_config(folder, architectures=["MistralForCausalLM"], sliding_window=32)
+    change_config(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=32)
     assert hf.config_of(folder).seq == 32
+    c = json.loads((folder / "config.json").read_text())
+    del c["sliding_window"]   # then it is 4096
+    (folder / "config.json").write_text(json.dumps({**c, "max_position_embeddings": 6000}))
+    assert hf.config_of(folder).seq == 4096
+
+
+def test_what_a_config_does_not_say_is_as_in_transformers(folder):
+    c = json.loads((folder / "config.json").read_text())
+    for name in ("rms_norm_eps", "rope_theta", "rope_parameters", "num_key_value_heads"):
+        del c[name]
+    del c["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(c))
+    config = hf.config_of(folder)
+    assert (config.norm_eps, config.rope_theta, config.tied, config.kv_heads) == (1e-6, 1e4, False, 0)
+    change_config(folder, architectures=["OlmoForCausalLM"], model_type="olmo", rms_norm_eps=1e-3)
+    assert hf.config_of(folder).norm_eps == 1e-5   # OLMo's own
 
 
 def test_settings_of_transformers_5_are_read_where_it_writes_them(folder):
@@ -212,6 +232,14 @@ def break_weights(folder, how):
     safetensors.save_file(tensors, path)
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
+    elif how == "tied, and not":
+        change_config(folder, tie_word_embeddings=True)
+    elif how == "an index elsewhere":
+        path.rename(folder.parent / "model.safetensors")
+        where = {name: "../model.safetensors" for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    elif how == "no object":
+        (folder / "config.json").write_text("[]")
     elif how == "no file":
         path.unlink()
 
@@ -220,7 +248,9 @@ def break_weights(folder, how):
     ("missing", "lacks 1 weights, first model.layers.1.mlp.up_proj.weight"), ("no file", "model.safetensors"),
     ("unknown", "model.layers.0.self_attn.q_norm.weight is torch.bfloat16 [16], and unknown"),
     ("shape", "model.layers.1.mlp.up_proj.weight is torch.bfloat16 [95, 64], and [96, 64]"),
-    ("integers", "model.layers.1.mlp.up_proj.weight is torch.int8"), ("truncated", "is damaged")])
+    ("integers", "model.layers.1.mlp.up_proj.weight is torch.int8"), ("truncated", "is damaged"),
+    ("tied, and not", "lm_head.weight is not the embedding"), ("no object", "holds list"),
+    ("an index elsewhere", "names no files of this folder")])
 def test_a_folder_with_other_weights_is_refused_and_the_weight_is_named(how, message, folder, texts, capsys):
     break_weights(folder, how)
     assert run("--eval_only", "--init", folder, "--data", texts) == 2
@@ -241,6 +271,26 @@ def test_text_becomes_the_tokenizers_tokens_and_each_file_ends_with_that_of_its_
     ids = np.fromfile(tmp_path / "tokens.bin", np.uint32)
     expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
     assert ids.tolist() == expected and tokenizer.token_to_id("<|endoftext|>") == 0
+
+
+def test_a_tokenizer_that_cuts_and_fills_texts_up_does_not_here(texts, tmp_path):
+    tokenizer = tokenizer_file(tmp_path / "t.json")
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=5000)
+    tokenizer.save(str(tmp_path / "t.json"))
+    files = [(texts / "0.txt", 0, (texts / "0.txt").stat().st_size)]
+    tokenizer = hf.open_tokenizer(tmp_path / "t.json")
+    hf.write_tokens(tmp_path / "x.u32", files, tokenizer, np.uint32, lambda text: None)
+    written = np.fromfile(tmp_path / "x.u32", np.uint32)[:-1].tolist()
+    assert tokenizer.decode(written) == (texts / "0.txt").read_text()
+
+
+def test_a_file_that_becomes_shorter_ends_in_an_error_and_part_of_one_in_no_end_of_text(texts):
+    size = (texts / "0.txt").stat().st_size
+    with pytest.raises(OSError, match="has become shorter"):
+        list(hf.pieces([(texts / "0.txt", 0, size + 5)]))
+    halves = [(texts / "0.txt", 0, 100), (texts / "0.txt", 100, size - 100)]
+    assert [ends for *_, ends in hf.pieces(halves)] == [False, True]
 
 
 def test_text_is_encoded_once_and_again_when_a_file_or_the_tokenizer_changes(texts, tmp_path):
@@ -296,6 +346,28 @@ def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path
     assert capsys.readouterr().out.startswith("the quick")
 
 
+def test_data_beside_the_cache_are_the_same_when_the_run_goes_on(folder, texts, monkeypatch, capsys):
+    """--out lies in the data: what is cached there is no text and no file of tokens."""
+    monkeypatch.chdir(texts)
+    assert run("--init", folder, "--data", ".", "--out", "out/", *TUNE, "--steps", 2) == 0
+    assert Path("out.tokens").is_dir() and "note" not in capsys.readouterr().out
+    assert run("--resume", "--steps", 4) == 0
+    printed = capsys.readouterr().out
+    assert "tokenized" not in printed and "note: --data" not in printed
+    tokenizer_file(folder / "tokenizer.json", size=301)
+    assert run("--resume", "--steps", 6) == 2 and "has changed" in capsys.readouterr().err
+
+
+def test_what_has_failed_to_be_exported_leaves_nothing_behind(folder, tmp_path, capsys):
+    out = tmp_path / "x"
+    assert run("--init", folder, "--export", out, "--tokenizer", folder / "config.json") == 2
+    assert "no tokenizer.json" in capsys.readouterr().err
+    (folder / "config.json").chmod(0o444)   # as on a disk that others share
+    assert run("--init", folder, "--export", out) == 0 and [*tmp_path.glob("x*")] == [out]
+    (tmp_path / "y.tmp").mkdir()
+    assert run("--init", folder, "--export", tmp_path / "y") == 2 and "remove it" in capsys.readouterr().err
+
+
 def test_a_round_trip_changes_no_bit(folder, tmp_path):
     assert run("--init", folder, "--export", tmp_path / "out", "--device", "cpu") == 0
     before, after = tensors_of(folder), tensors_of(tmp_path / "out")
@@ -325,14 +397,17 @@ def test_scales_are_those_of_the_weights_that_were_loaded(folder, texts, tmp_pat
 
 def test_a_preset_grows_to_the_vocabulary_of_a_tokenizer(texts, tmp_path):
     tokenizer_file(tmp_path / "t.json", size=300)
-    run = begin("--tokenizer", tmp_path / "t.json", "--data", texts, "--model", "nano", "--out", tmp_path,
-                *TUNE)
+    run = begin("--tokenizer", tmp_path / "t.json", "--data", texts, "--model", "nano", *TUNE,
+                "--out", tmp_path / "out")
     assert run.model.config.vocab == 384   # 300 up to a multiple of 128
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--init", "nowhere"], "config.json"),
     (["--init", "model", "--model", "124m"], "--model 124m has hidden_size 768"),
+    (["--init", "model", "--model", "nano-moe"], "8 experts"),
+    (["--init", "model", "--calibrate", "9"], "--eval_only"),
+    (["--init", "model", "--out", "."], "holds"),
     (["--init", "model", "--seq", "128"], "at most 64 tokens"),
     (["--init", "model", "--layers", "1"], "has 2,"),
     (["--init", "model", "--tokenizer", "big.json"], "has 330 tokens, the model 320"),

@@ -112,6 +112,8 @@ def test_nothing_saturates_but_what_is_above_448_times_the_whole_scale():
     assert q.scale.float().item() == 1 and q.dequantize()[0, 0] == 448
     assert ms.saturated_share(x, q, E4M3) == 1 / 32
     q = ms.quantize_two_level(x[:, 1:], global_scale=0.37)
+    even = ms.quantize(x.expand(4, 32) * torch.randn(4, 1), INT8, (1, 32), "floor")
+    assert ms.saturated_share(even.dequantize(), even, INT8) == 0
     assert ms.saturated_share(x[:, 1:], q, E4M3) == 0 and ms.saturated_share(200 * x[:, 1:], q, E4M3) == 1
 
 
@@ -685,6 +687,10 @@ REFUSED = {   # each names the value and what it has to be
     "FP8": (lambda: ms.quantize_norm(X.to(torch.float8_e4m3fn), "none"), "x has .*dtype torch.float8_e4m3fn"),
     "scales": (lambda: ms.quantize(X, E4M3, (1, ALL), "up", X[:3, :1]), r"scale has .*\(3, 1\).*\(1, 1\)"),
     "scale of blocks": (lambda: ms.quantize_weight(X, RECIPES["group"], ONE), "group measures.*give none"),
+    "two levels": (lambda: dataclasses.replace(RECIPES["moss"], rule="two-level"), "two levels have blocks"),
+    "small rows": (lambda: dataclasses.replace(RECIPES["moss"], act_format="e3m2"), "need blocks \\(1, n\\)"),
+    "rounding": (lambda: dataclasses.replace(RECIPES["moss"], rounding="half_away"), "rounded to even"),
+    "format": (lambda: dataclasses.replace(RECIPES["mx"], act_format="fp4"), "format 'fp4' is unknown"),
     "recipe": (lambda: dataclasses.replace(RECIPES["group"], name="mine", weight_scale="predicted"),
                r"'mine'.*\(128, 128\).*predicted"),
     "weight": (lambda: ms.quantize_norm(X, "rms", torch.ones(32)), r"weight has .*\(32,\).*\(64,\)"),
