@@ -19,7 +19,7 @@ repairs the bound: |m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_
 Its *headroom*, scale / true scale, never falls below 1. Up to about 2^10 it costs next to no accuracy. This
 holds for Adam and AdamW with decoupled decay, for any gradients (clipped, noisy, or none), for amsgrad, whose
 v is only larger, and in exact arithmetic for any eps. Muon's steps have a bound of another kind
-(muon_update_bound). SGD, Lion and L2 decay move weights by other rules.
+(muon_step_bound). SGD, Lion and L2 decay move weights by other rules.
 """
 import argparse
 import inspect
@@ -84,8 +84,9 @@ def worst_case_gradients(t: int, beta1: float, beta2: float) -> torch.Tensor:
     return gradients / gradients.max()
 
 
-def muon_update_bound(shape, group) -> float:
-    """The largest entry of a step of torch.optim.Muon on a weight of this shape, over the learning rate.
+def muon_step_bound(group, shape) -> float:
+    """The largest entry of a step of torch.optim.Muon on a weight of this shape, over the learning rate, with
+    room for rounding. `group` is its parameter group.
 
     Muon divides a matrix by its Frobenius norm, so that no singular value x exceeds 1 (in BF16: 1.01), and
     takes Newton-Schulz steps, which leave the singular vectors and turn each x into
@@ -104,16 +105,8 @@ def muon_update_bound(shape, group) -> float:
         inside = [math.sqrt(square) for square in turns if 0 < square < largest * largest]
         largest = min(max(abs(a * x + b * x**3 + c * x**5) for x in (largest, *inside)), 1e9)
     if group["adjust_lr_fn"] == "match_rms_adamw":
-        return largest * 0.2 * math.sqrt(max(rows, columns))
-    return largest * math.sqrt(max(1, rows / columns))
-
-
-def step_bound(group, step, shape=None) -> float:
-    """Return the most that step number `step`, from 1, of an optimizer moves an entry of a weight, over its
-    learning rate, with room for rounding. `group` is its parameter group; Muon's depends on the shape."""
-    if "ns_steps" in group:
-        return muon_update_bound(shape, group) * MUON_SLACK
-    return adam_update_bound(step, *map(float, group["betas"])) * UPDATE_SLACK
+        return MUON_SLACK * largest * 0.2 * math.sqrt(max(rows, columns))
+    return MUON_SLACK * largest * math.sqrt(max(1, rows / columns))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -180,12 +173,12 @@ class WeightScales:
         If not, call it before step() of FP8AdamW, which needs the new scales; others take either order."""
         return self.mode == "current" or (self.interval > 0 and step % self.interval == 0)
 
-    def update(self, lr, bound, weight_decay: float, step: int) -> None:
+    def update(self, lr, betas, weight_decay: float, step: int, bound=None) -> None:
         """Move the scales by one optimizer step. Call it once for each that is taken, when `measures` says.
 
-        lr and the decoupled weight_decay are those of that step, for all weights; `step` counts from 1;
-        `bound` is its `step_bound`: a number for all scales, or (n,), one for each. The host does not wait
-        for the GPU (unless lr is a tensor there).
+        lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
+        count, from 1. For Muon give its `bound` (n,), muon_step_bound for each, and no betas. The host does
+        not wait for the GPU (unless lr is a tensor there).
 
         Adam skips a weight whose .grad is None: it does not decay, so its scale does not shrink. Its scale
         still grows, because zero_grad() may have come before update(). Such a weight counts fewer of Adam's
@@ -200,6 +193,7 @@ class WeightScales:
         else:
             for w, scale in zip(self.weights, self.views):
                 scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
+        bound = adam_update_bound(step, *betas) * UPDATE_SLACK if bound is None else bound
         self.scale.add_(abs(lr) * bound / E4M3.max)
 
     def state_dict(self) -> dict:
@@ -232,7 +226,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
                          "or WeightScales(..., mode='current')")
     if type(optimizer) is MUON:
         for group in optimizer.param_groups:
-            bound = muon_update_bound((1, 1), group)
+            bound = muon_step_bound(group, (1, 1))
             if not (bound < MAX_MUON and group["eps"] >= MIN_EPS):
                 refuse(f"ns_coefficients {group['ns_coefficients']}, eps {group['eps']}: {bound:.3g} lr")
         return
@@ -406,7 +400,7 @@ def regression_run(steps=800, interval=200):
         optimizer.zero_grad()
         (torch.randn(128, 64) @ (weight - target).T).square().mean().backward()
         optimizer.step()
-        scales.update(lr, step_bound(optimizer.param_groups[0], step), decay, step)
+        scales.update(lr, betas, decay, step)
         delayed = max(measured[-16:])   # of the steps before this one, as in Transformer Engine
         measured += scales.true_scale().tolist()
         rows.append((step, lr, measured[-1], scales.scale.item(), delayed))
@@ -449,8 +443,7 @@ def print_timing():
         p, g, m, v = (torch.rand(N, K, device=device) for _ in range(4))
         p.grad, scales = g, WeightScales([p], interval=0)
         scale, adamw = scales.scale.view(1, 1), torch.optim.AdamW([p], lr=1e-3, fused=True)
-        bound = step_bound({"betas": (0.9, 0.95)}, 100)
-        tasks = [lambda: scales.update(1e-3, bound, 0.1, 100), scales.rescale, adamw.step,
+        tasks = [lambda: scales.update(1e-3, (0.9, 0.95), 0.1, 100), scales.rescale, adamw.step,
                  lambda: transpose(quantize(p, E4M3, (ALL, ALL), "fp32", scale).data)]
         if kernels_run_on(device):
             w, w_t = (torch.empty(shape, device=device, dtype=E4M3.dtype) for shape in ((N, K), (K, N)))

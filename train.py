@@ -46,7 +46,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, step_bound
+from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, muon_step_bound
 from fp8_formats import picture
 from hugging_face import (config_for, config_of, load_weights, open_tokenizer, save_folder, token_cache,
                           write_tokens)
@@ -270,10 +270,11 @@ def update_weights(run, lr, update):
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
-        group, shapes = run.optimizer.param_groups[0], [weight.shape for weight in scales.weights]
-        bound = step_bound(group, update) if c.optimizer == "adamw" else scales.scale.new_tensor(
-            [step_bound(group, update, shape) for shape in shapes])
-        scales.update(lr, bound, c.weight_decay, update)
+        group, bound = run.optimizer.param_groups[0], None
+        if c.optimizer == "muon":
+            bounds = [muon_step_bound(group, weight.shape) for weight in scales.weights]
+            bound = scales.scale.new_tensor(bounds)
+        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update, bound)
     run.optimizer.step()
     if scales and measured:
         scales.rescale()
@@ -677,7 +678,7 @@ def data_files(source):
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), root.parts))
             list(files_below(base, set()))
         top = Path(os.path.commonpath([p.parent for p in files]))
-    of_a_run = re.compile(r"(.*/)?(log[.]jsonl|step_[0-9]+([.]tmp)?/[^/]*)")
+    of_a_run = re.compile(r"(.*/)?(log[.]jsonl|step_[0-9]{8,}([.]tmp)?/(manifest[.]json|rank_[0-9]+[.]pt))")
     files = [p for p in files if p.is_file() and not of_a_run.fullmatch(p.as_posix())]
     files.sort(key=lambda p: (-len(p.parts), p.parts))   # of several links to a file the shortest stays
     files = sorted({os.path.realpath(p): p for p in files}.values())

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
 import autoscale
 from autoscale import (MIN_SCALE, FP8AdamW, WeightScales, adam_update_bound, adamw_update, check_optimizer,
-                       geometric_sum, muon_update_bound, step_bound, worst_case_gradients)
+                       geometric_sum, muon_step_bound, worst_case_gradients)
 from conftest import DEVICE
 from fp8_formats import E4M3, cast
 from microscale import RECIPES, quantize_weight
@@ -32,11 +32,6 @@ for_devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.
 def ragged_weights(device="cpu"):
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device)) for s in SHAPES]
-
-
-def adam(step, *betas):
-    """The bound of a step as train.py gives it."""
-    return step_bound({"betas": betas or (0.9, 0.95)}, step)
 
 
 def amax(weights):
@@ -120,7 +115,7 @@ def train(weights, scales, optimizer, first, last, kind="gaussian", clip=True, l
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
         group["lr"] = lr or 0.02 * min(step / 20, 0.5 + 0.5 * math.cos(math.pi * step / 200))
         optimizer.step()
-        scales.update(group["lr"], step_bound(group, step), group["weight_decay"], step)
+        scales.update(group["lr"], group["betas"], group["weight_decay"], step)
         if scales.measures(step):
             assert torch.equal(scales.scale, amax(weights) / 448)
         else:
@@ -162,7 +157,7 @@ def test_weights_decay_if_they_have_gradients_and_never_exceed_their_scales(beta
         factors = torch.tensor([max(factor, 1) if w.grad is None else factor for w in weights]).double()
         growth = abs(lr) * adam_update_bound(step, *betas) * autoscale.UPDATE_SLACK / 448
         expected = scales.scale * (factors * autoscale.WEIGHT_SLACK).float() + growth
-        scales.update(torch.tensor(lr, dtype=torch.float64), adam(step, *betas), decay, step)
+        scales.update(torch.tensor(lr, dtype=torch.float64), betas, decay, step)
         assert torch.equal(scales.scale, expected)
         assert_below_scale(weights, scales)
 
@@ -190,7 +185,7 @@ def test_the_bound_survives_fp32_adam_on_the_worst_case(capturable):
         weight.data.zero_()
         scales.rescale()
         optimizer.step()
-        scales.update(1.0, adam(step, *betas), 0.0, step)
+        scales.update(1.0, betas, 0.0, step)
         assert_below_scale([weight], scales)
     assert weight.abs() > 2.5 and scales.headroom() < 1.005   # far above Theorem 2's one learning rate
 
@@ -202,9 +197,9 @@ def test_a_prediction_does_not_look_at_the_weights_and_a_rescale_at_the_step_tha
     before = scales.scale.clone()
     for w, value in zip(weights, (math.nan, math.inf)):
         w.data.fill_(value)
-    scales.update(1e-3, adam(9), 0.0, step=9)
+    scales.update(1e-3, (0.9, 0.95), 0.0, step=9)
     assert scales.scale.isfinite().all() and (scales.scale > before).all()
-    scales.update(1e-3, adam(10), 0.0, step=10)
+    scales.update(1e-3, (0.9, 0.95), 0.0, step=10)
     assert scales.scale[0].isnan() and scales.scale[1].isinf() and torch.equal(scales.scale[2:], before[2:])
 
 
@@ -221,7 +216,7 @@ def test_scales_are_float32_maxima_on_the_device_of_the_weights_whatever_the_def
         scales, on_meta = WeightScales(iter(weights + zeros)), WeightScales([torch.empty(3).float()])
         assert scales.scale.tolist() == [*(amax(weights) / 448).tolist(), MIN_SCALE, MIN_SCALE]
         for each, place in (scales, device), (on_meta, "meta"):
-            each.update(1e-3, adam(1), 0.1, 1)
+            each.update(1e-3, (0.9, 0.95), 0.1, 1)
             each.load_state_dict(each.state_dict())
             assert (each.headroom().dtype, each.headroom().device.type) == (torch.float32, place)
 
@@ -233,7 +228,7 @@ def test_update_never_makes_the_host_wait(request):
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     torch.cuda.set_sync_debug_mode("error")
     for step, decay in (1, 0.0), (2, 0.1), (3, 0.1):   # all scales at once, one by one, measured
-        scales.update(1e-3, adam(step), decay, step)
+        scales.update(1e-3, (0.9, 0.95), decay, step)
         scales.headroom()
 
 
@@ -361,7 +356,7 @@ def test_no_gradient_takes_a_weight_of_muon_beyond_what_its_predicted_scale_allo
             optimizer.param_groups[0]["lr"] = lr = 0.05 * min(step / 4, 1.2 - step / 12)
             weight.grad = gradient.clone()
             optimizer.step()
-            scales.update(lr, step_bound(optimizer.param_groups[0], step, shape), decay, step)
+            scales.update(lr, None, decay, step, muon_step_bound(optimizer.param_groups[0], shape))
             assert weight.isfinite().all() and scales.headroom() >= 1, (name, step)
 
 
@@ -376,7 +371,7 @@ def test_a_diagonal_gradient_attains_the_bound_on_muons_step(shape):
         weight.grad[0, 0], weight.grad[1, 1] = x, math.sqrt(1 - x * x)
         optimizer.step()
         largest = max(largest, weight.abs().max().item())
-    bound = muon_update_bound(shape, optimizer.param_groups[0])
+    bound = muon_step_bound(optimizer.param_groups[0], shape) / autoscale.MUON_SLACK
     assert bound == pytest.approx(1.2024 * max(1, shape[0] / shape[1]) ** 0.5, abs=1e-3)
     assert 0.995 * bound < largest < bound * autoscale.MUON_SLACK
 
@@ -392,8 +387,8 @@ def test_settings_of_muon_under_which_a_weight_may_grow_without_bound_are_refuse
 def test_scales_of_many_weights_take_a_bound_for_each():
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (64, 4))]
     scales, group = WeightScales(weights, interval=0), Muon(weights).param_groups[0]
-    bounds = [step_bound(group, 1, weight.shape) for weight in weights]
-    scales.update(0.1, torch.tensor(bounds), 0.0, 1)
+    bounds = [muon_step_bound(group, weight.shape) for weight in weights]
+    scales.update(0.1, None, 0.0, 1, torch.tensor(bounds))
     assert scales.scale.tolist() == pytest.approx([1 / 448 + 0.1 * bound / 448 for bound in bounds])
     assert bounds[1] == pytest.approx(4 * bounds[0])   # sqrt(64 / 4)
 
@@ -494,7 +489,7 @@ class Run:
         self.give_gradients(step)
         change(self, self.parameters[0])
         gradients = [p.grad for p in self.parameters]
-        self.scales.update(3e-3, adam(step), 0.1, step)
+        self.scales.update(3e-3, (0.9, 0.95), 0.1, step)
         self.optimizer.step()
         assert all(p.grad is gradient for p, gradient in zip(self.parameters, gradients))
 
