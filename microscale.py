@@ -194,15 +194,15 @@ class Recipe:
         even, in_blocks = self.rounding == "nearest_even", self.act_block[0] == 1 and self.act_block[1] != ALL
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
         if not (fp8 and even or in_blocks):
-            raise ValueError(f"recipe {self.name!r}: {self.act_format}, rounding {self.rounding}, in blocks "
-                             f"{self.act_block}: what is not FP8, or not rounded to even, needs blocks (1, n)")
+            raise ValueError(f"recipe {self.name!r}: {self.act_format}, rounding {self.rounding}, blocks "
+                             f"{self.act_block}: what is not FP8, or not rounded to even, needs (1, n)")
         if self.rule == "two-level" and (self.act_block != (1, 32) or not even):
             raise ValueError(f"recipe {self.name!r}: two levels have blocks (1, 32), and are rounded to even")
         one = self.weight_block == (ALL, ALL) and self.weight_format == "e4m3" and even
         if self.weight_scale != "block" and not one:
             raise ValueError(f"recipe {self.name!r}: weights in {self.weight_format}, blocks "
-                             f"{self.weight_block}, rounding {self.rounding}: {self.weight_scale!r} is of e4m3 "
-                             f"and blocks (ALL, ALL), rounded to even; else take weight_scale 'block'")
+                             f"{self.weight_block}, rounding {self.rounding}: {self.weight_scale!r} is of "
+                             f"e4m3, blocks (ALL, ALL), rounded to even; else take weight_scale 'block'")
 
     # of the two levels, a weight has the first
     weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)

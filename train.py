@@ -18,6 +18,7 @@ loop; what it needs (start-up, what is watched, data, ranks, the run's folder); 
 import argparse
 import gc
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -48,10 +49,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, muon_step_bound
 from fp8_formats import picture
-from hugging_face import (config_for, config_of, load_weights, open_tokenizer, save_folder, token_cache,
-                          write_tokens)
 from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
-from model import PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, flops_per_token, watch
+from model import (PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, config_for, config_of,
+                   flops_per_token, load_weights, save_folder, watch)
 
 
 class UserError(Exception):
@@ -709,6 +709,62 @@ def open_data(source):
     return [Tokens(part, dtype) for part in parts]
 
 
+def open_tokenizer(path):
+    """Return the tokenizer of a tokenizer.json. ValueError if that is none."""
+    from tokenizers import Tokenizer
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()   # it would cut texts, and fill others up
+        tokenizer.no_padding()
+        return tokenizer
+    except Exception as e:   # the package raises no other
+        raise ValueError(f"{path} is no tokenizer.json ({e}): give one of Hugging Face's") from None
+
+
+def token_cache(files, tokenizer, folder):
+    """Return where the tokens of text are or will be: a name that a checksum gives to the tokenizer and the
+    names, sizes and times of `files`, of (path, offset, bytes)."""
+    stats = [(str(path), offset, count, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+             for path, offset, count in files]
+    about = json.dumps([stats, tokenizer.to_str()]).encode()
+    return Path(folder) / f"{hashlib.sha256(about).hexdigest()[:20]}.u32"
+
+
+def pieces(files):
+    """Yield (about a million bytes of text, up to the end of a line; their number; whether its file ends)."""
+    for path, offset, count in files:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while count:
+                piece = file.read(min(count, 1 << 20))
+                piece += file.readline(count - len(piece))
+                count -= len(piece)
+                if not piece:
+                    raise OSError(f"{path} has become shorter: begin again")
+                ends = not count and file.tell() == os.stat(path).st_size   # validation may begin within it
+                yield piece.decode("utf-8", "replace"), len(piece), ends
+
+
+def write_tokens(path, files, tokenizer, dtype, say):
+    """Write tokens of text, encoded on all cores, to `path`; after each file that of the end of a text."""
+    ends = [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]
+    end = [i for i in ends if i is not None][:1]
+    if not end:
+        raise ValueError("the tokenizer has no token for the end of a text, such as <|endoftext|> or </s>")
+    stream, done, total, begin = pieces(files), 0, sum(count for *_, count in files), time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(unfinished, "wb") as file:
+        while batch := list(itertools.islice(stream, 64)):
+            encoded = tokenizer.encode_batch([piece for piece, _, _ in batch], add_special_tokens=False)
+            for encoding, (_, size, ends) in zip(encoded, batch):
+                np.array(encoding.ids + end * ends, dtype).tofile(file)
+                done += size
+            left = timedelta(seconds=round((time.perf_counter() - begin) * (total / done - 1)))
+            say(f"tokenized {done:,} of {total:,} bytes  {left} left")
+    unfinished.replace(path)
+
+
 def encode(text, run):
     """Return Tokens of --tokenizer for Tokens of bytes. Rank 0 encodes them, once, to a file beside --out."""
     ranks, dtype = run.ranks, np.dtype(np.uint32)
@@ -1141,6 +1197,8 @@ def report(c):
         run = build(replace(c, fp8="none" if c.export else fp8), ranks, saved)
         if c.export:
             with blaming(f"--export {c.export}"):
+                if c.tokenizer:
+                    open_tokenizer(c.tokenizer)
                 save_folder(run.model, Path(c.export), c.init and Path(c.init), c.tokenizer)
             return ranks.say(f"wrote {c.export}")
         if c.sample:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import hugging_face as hf
+import model as m
 import train
 from model import PRESETS, ModelConfig, Transformer
 
@@ -50,7 +50,7 @@ def tokenizer_file(path, size=300, end="<|endoftext|>"):
 def folder(tmp_path):
     """A model with a tokenizer."""
     path = tmp_path / "model"
-    hf.save_folder(make(TINY), path)
+    m.save_folder(make(TINY), path)
     tokenizer_file(path / "tokenizer.json")
     return path
 
@@ -115,9 +115,9 @@ def forward(weights, c, tokens):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "OLMo"])
 def test_logits_are_those_of_the_published_equations(name, tmp_path):
     folder, tokens = tmp_path / "out", torch.arange(3, 43)
-    hf.save_folder(make(CONFIGS[name]), folder)
-    model = Transformer(hf.config_of(folder))
-    hf.load_weights(model, folder)
+    m.save_folder(make(CONFIGS[name]), folder)
+    model = Transformer(m.config_of(folder))
+    m.load_weights(model, folder)
     expected = forward(tensors_of(folder), json.loads((folder / "config.json").read_text()), tokens)
     assert (model(tokens[None])[0] - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -126,16 +126,16 @@ def test_logits_are_those_of_the_published_equations(name, tmp_path):
 def test_transformers_reads_what_is_written_and_writes_what_is_read(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     ours, tokens = make(CONFIGS[name]), torch.arange(3, 43)[None]
-    hf.save_folder(ours, tmp_path / "out")
+    m.save_folder(ours, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").float()
     assert type(theirs).__name__ == ("OlmoForCausalLM" if name == "OLMo" else "LlamaForCausalLM")
     expected = theirs(tokens).logits
     torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
     theirs.save_pretrained(tmp_path / "back")
-    config = hf.config_of(tmp_path / "back")
+    config = m.config_of(tmp_path / "back")
     assert config == replace(ours.config, kv_heads=ours.config.kv_heads or ours.config.heads)
     again = Transformer(config)
-    hf.load_weights(again, tmp_path / "back")
+    m.load_weights(again, tmp_path / "back")
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters()))
 
 
@@ -151,20 +151,20 @@ def test_weights_come_from_files_of_any_float_and_in_any_order(dtype, folder, tm
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "stray.safetensors").write_text("no part of the model")
     model = Transformer(TINY)
-    hf.load_weights(model, folder)
-    assert all(torch.equal(p, tensors[name].float()) for name, p in hf.weights_by_name(model).items())
+    m.load_weights(model, folder)
+    assert all(torch.equal(p, tensors[name].float()) for name, p in m.weights_by_name(model).items())
 
 
 def test_large_models_are_written_in_parts_with_an_index(tmp_path):
     model = make(TINY)
-    hf.save_folder(model, tmp_path / "out", part="50KB")
+    m.save_folder(model, tmp_path / "out", part="50KB")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and all((tmp_path / "out" / file).stat().st_size < 60_000 for file in files)
     for file in files:
         with safetensors.safe_open(tmp_path / "out" / file, "pt") as part:
             assert part.metadata()["format"] == "pt"
     again = Transformer(TINY)
-    hf.load_weights(again, tmp_path / "out")
+    m.load_weights(again, tmp_path / "out")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 
 
@@ -190,11 +190,11 @@ def test_what_the_model_does_not_compute_is_refused_by_name(change, message, fol
 
 def test_a_window_shorter_than_the_sequence_bounds_it(folder):
     change_config(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=32)
-    assert hf.config_of(folder).seq == 32
+    assert m.config_of(folder).seq == 32
     c = json.loads((folder / "config.json").read_text())
     del c["sliding_window"]   # then it is 4096
     (folder / "config.json").write_text(json.dumps({**c, "max_position_embeddings": 6000}))
-    assert hf.config_of(folder).seq == 4096
+    assert m.config_of(folder).seq == 4096
 
 
 def test_what_a_config_does_not_say_is_as_in_transformers(folder):
@@ -203,10 +203,10 @@ def test_what_a_config_does_not_say_is_as_in_transformers(folder):
         del c[name]
     del c["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(c))
-    config = hf.config_of(folder)
+    config = m.config_of(folder)
     assert (config.norm_eps, config.rope_theta, config.tied, config.kv_heads) == (1e-6, 1e4, False, 0)
     change_config(folder, architectures=["OlmoForCausalLM"], model_type="olmo", rms_norm_eps=1e-3)
-    assert hf.config_of(folder).norm_eps == 1e-5   # OLMo's own
+    assert m.config_of(folder).norm_eps == 1e-5   # OLMo's own
 
 
 def test_settings_of_transformers_5_are_read_where_it_writes_them(folder):
@@ -214,7 +214,7 @@ def test_settings_of_transformers_5_are_read_where_it_writes_them(folder):
     del c["rope_theta"]
     c["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
     (folder / "config.json").write_text(json.dumps(c))
-    assert hf.config_of(folder).rope_theta == 123.0
+    assert m.config_of(folder).rope_theta == 123.0
 
 
 def break_weights(folder, how):
@@ -265,8 +265,8 @@ def test_text_becomes_the_tokenizers_tokens_and_each_file_ends_with_that_of_its_
     long = TEXT * 40_000   # is encoded in pieces that end with a line
     (texts / "2.txt").write_text(long)
     files = [(path, 0, path.stat().st_size) for path in sorted(texts.iterdir())]
-    assert len(list(hf.pieces(files))) == 5
-    hf.write_tokens(tmp_path / "tokens.bin", files, tokenizer, np.dtype(np.uint32), lambda text: None)
+    assert len(list(train.pieces(files))) == 5
+    train.write_tokens(tmp_path / "tokens.bin", files, tokenizer, np.dtype(np.uint32), lambda text: None)
     ids = np.fromfile(tmp_path / "tokens.bin", np.uint32)
     expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
     assert ids.tolist() == expected and tokenizer.token_to_id("<|endoftext|>") == 0
@@ -278,8 +278,8 @@ def test_a_tokenizer_that_cuts_and_fills_texts_up_does_not_here(texts, tmp_path)
     tokenizer.enable_padding(length=5000)
     tokenizer.save(str(tmp_path / "t.json"))
     files = [(texts / "0.txt", 0, (texts / "0.txt").stat().st_size)]
-    tokenizer = hf.open_tokenizer(tmp_path / "t.json")
-    hf.write_tokens(tmp_path / "x.u32", files, tokenizer, np.uint32, lambda text: None)
+    tokenizer = train.open_tokenizer(tmp_path / "t.json")
+    train.write_tokens(tmp_path / "x.u32", files, tokenizer, np.uint32, lambda text: None)
     written = np.fromfile(tmp_path / "x.u32", np.uint32)[:-1].tolist()
     assert tokenizer.decode(written) == (texts / "0.txt").read_text()
 
@@ -287,19 +287,19 @@ def test_a_tokenizer_that_cuts_and_fills_texts_up_does_not_here(texts, tmp_path)
 def test_a_file_that_becomes_shorter_ends_in_an_error_and_part_of_one_in_no_end_of_text(texts):
     size = (texts / "0.txt").stat().st_size
     with pytest.raises(OSError, match="has become shorter"):
-        list(hf.pieces([(texts / "0.txt", 0, size + 5)]))
+        list(train.pieces([(texts / "0.txt", 0, size + 5)]))
     halves = [(texts / "0.txt", 0, 100), (texts / "0.txt", 100, size - 100)]
-    assert [ends for *_, ends in hf.pieces(halves)] == [False, True]
+    assert [ends for *_, ends in train.pieces(halves)] == [False, True]
 
 
 def test_text_is_encoded_once_and_again_when_a_file_or_the_tokenizer_changes(texts, tmp_path):
     path = texts / "0.txt"
     tokenizer, files = tokenizer_file(tmp_path / "t.json"), [(path, 0, path.stat().st_size)]
-    first = hf.token_cache(files, tokenizer, tmp_path)
-    assert hf.token_cache(files, tokenizer, tmp_path) == first
-    assert hf.token_cache(files, tokenizer_file(tmp_path / "t.json", size=301), tmp_path) != first
+    first = train.token_cache(files, tokenizer, tmp_path)
+    assert train.token_cache(files, tokenizer, tmp_path) == first
+    assert train.token_cache(files, tokenizer_file(tmp_path / "t.json", size=301), tmp_path) != first
     path.write_text(path.read_text().replace("quick", "slow!"))   # as long as before
-    assert hf.token_cache(files, tokenizer, tmp_path) != first
+    assert train.token_cache(files, tokenizer, tmp_path) != first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -336,8 +336,8 @@ def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path
     config = json.loads((exported / "config.json").read_text())
     assert config["eos_token_id"] == 0 and config["max_position_embeddings"] == 64
     assert (exported / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
-    model = Transformer(hf.config_of(exported))
-    hf.load_weights(model, exported)
+    model = Transformer(m.config_of(exported))
+    m.load_weights(model, exported)
     for name, p in model.named_parameters():
         assert torch.equal(p, whole[name]["weight"].bfloat16().float()), name
     assert run("--export", exported, "--out", out) == 2 and "not empty" in capsys.readouterr().err
@@ -381,8 +381,8 @@ def test_a_direct_cast_compares_recipes_in_nats_and_bits_per_byte(folder, texts,
     assert none.startswith(f"{folder}  none") and moss.startswith(f"{folder}  moss") and "gradient" in moss
     nats, bits = (float(none.split(name)[1].split()[0]) for name in ("validation loss", "bits per byte"))
     validation = train.open_data(texts)[1].files   # (path, offset, bytes)
-    tokenizer = hf.open_tokenizer(folder / "tokenizer.json")
-    cached = hf.token_cache(validation, tokenizer, tmp_path / "out.tokens")
+    tokenizer = train.open_tokenizer(folder / "tokenizer.json")
+    cached = train.token_cache(validation, tokenizer, tmp_path / "out.tokens")
     tokens, size = cached.stat().st_size // 4, sum(count for _, _, count in validation)
     assert bits == pytest.approx(nats / math.log(2) * tokens / size, rel=1e-3)
 
@@ -418,7 +418,7 @@ def test_a_preset_grows_to_the_vocabulary_of_a_tokenizer(texts, tmp_path):
     (["--export", "a", "--init", "model", "--bench"], None)])
 def test_mistakes_are_one_line_and_exit_code_2(argv, message, folder, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    hf.save_folder(make(TINY), tmp_path / "bare")
+    m.save_folder(make(TINY), tmp_path / "bare")
     tokenizer_file(tmp_path / "big.json", size=330)
     tokenizer_file(tmp_path / "endless.json", end="<pad>")
     if message is None:   # argparse ends the process
@@ -441,4 +441,4 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, f
 
 def test_experts_have_no_place_in_such_a_folder():
     with pytest.raises(ValueError, match="8 experts"):
-        hf.config_for(PRESETS["nano-moe"])
+        m.config_for(PRESETS["nano-moe"])

@@ -688,7 +688,7 @@ REFUSED = {   # each names the value and what it has to be
     "scales": (lambda: ms.quantize(X, E4M3, (1, ALL), "up", X[:3, :1]), r"scale has .*\(3, 1\).*\(1, 1\)"),
     "scale of blocks": (lambda: ms.quantize_weight(X, RECIPES["group"], ONE), "group measures.*give none"),
     "two levels": (lambda: dataclasses.replace(RECIPES["moss"], rule="two-level"), "two levels have blocks"),
-    "small rows": (lambda: dataclasses.replace(RECIPES["moss"], act_format="e3m2"), "needs blocks \\(1, n\\)"),
+    "small rows": (lambda: dataclasses.replace(RECIPES["moss"], act_format="e3m2"), "needs \\(1, n\\)"),
     "rounding": (lambda: dataclasses.replace(RECIPES["moss"], rounding="half_away"), "rounding half_away"),
     "rounded weights": (lambda: dataclasses.replace(RECIPES["moss-exact"], rule="up", rounding="half_away"),
                         "predicted.* rounded to even"),
