@@ -586,7 +586,8 @@ if HAS_TRITON:
             q = to_fp8(x, KIND == "E4M3")
         else:
             x = round_to(x, MAX, EMIN, MANTISSA)
-            q = (x * 64.0).to(tl.int8) if KIND == "INT8" else to_fp8(x)
+            # a block with a NaN has it in its scale
+            q = tl.where(x == x, x * 64.0, 0.0).to(tl.int8) if KIND == "INT8" else to_fp8(x)
         tl.store(q_ptr + r[:, None] * C + c[None, :], q, mask=inside)
 
     def quantize_triton(x, fmt, block, rule, scale=None):

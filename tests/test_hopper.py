@@ -31,7 +31,7 @@ def launch_every_kernel(device, rows, ffns, heads, products):
     import gemm_kernel as gk
     import microscale as ms
     from autoscale import adamw_triton
-    from fp8_formats import E4M3, E5M2
+    from fp8_formats import E4M3, E5M2, FORMATS
     from microscale import ALL
 
     def random(*shape, dtype=torch.bfloat16):
@@ -50,6 +50,8 @@ def launch_every_kernel(device, rows, ffns, heads, products):
             ms.transpose_triton(q.data, factor)
         w, w_t = (torch.empty(shape, device=device, dtype=E4M3.dtype) for shape in ((R, C), (C, R)))
         adamw_triton(p, g, m, v, w, w_t, scale, 1e-3, (0.9, 0.95), 1e-8, 0.1, 3)
+        for other in FORMATS.values():
+            ms.quantize_triton(x, other, (1, 32), "up")
     for R, ffn in ffns:
         _, h = ms.quantize_swiglu_triton(random(R, 2 * ffn))
         ms.quantize_swiglu_gradient_triton(h, random(R, ffn))
