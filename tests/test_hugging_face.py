@@ -387,6 +387,17 @@ def test_a_direct_cast_compares_recipes_in_nats_and_bits_per_byte(folder, texts,
     assert bits == pytest.approx(nats / math.log(2) * tokens / size, rel=1e-3)
 
 
+def test_calibrating_changes_the_loss_of_4_bits_and_not_that_of_none(folder, texts, tmp_path, capsys):
+    losses = []
+    for tokens in (0, 256):
+        assert run("--eval-only", "--init", folder, "--data", texts, "--fp8", "none,mxfp4", *TUNE[4:-2],
+                   "--out", tmp_path / "out", "--calibrate", tokens) == 0
+        losses.append([line.split("validation loss ")[1][:6] for line in capsys.readouterr().out.splitlines()
+                       if "validation loss" in line])
+    (none, rounded), (again, diffused) = losses
+    assert none == again and rounded != diffused
+
+
 def test_scales_are_those_of_the_weights_that_were_loaded(folder, texts, tmp_path):
     run = begin("--init", folder, "--data", texts, "--out", tmp_path / "out", *TUNE)
     weight = tensors_of(folder)["model.layers.0.self_attn.o_proj.weight"].float()
