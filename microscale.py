@@ -163,7 +163,12 @@ def to_grid(x, fmt, rounding="nearest_even"):
     if fmt.dtype and rounding == "nearest_even":
         return cast(x, fmt)
     x = round_to_format(x, fmt, rounding)
-    return (x / fmt.min_subnormal).to(torch.int8) if fmt is INT8 else x.to(fmt.dtype or E4M3.dtype)
+    return (x / fmt.min_subnormal if fmt is INT8 else x).to(held_as(fmt))
+
+
+def held_as(fmt):
+    """Return the dtype that holds the numbers of a format in Quantized."""
+    return torch.int8 if fmt is INT8 else fmt.dtype or E4M3.dtype
 
 
 def stores_e8m0(block, rule):
@@ -256,8 +261,8 @@ def fold_loss(x, fmt=E4M3):
 
 def saturated_share(x, q, fmt):
     """Return the share of the values of x (R, C) beyond the largest number that their block of q can hold."""
-    largest = fmt.max / fmt.min_subnormal if fmt is INT8 else fmt.max
-    limit = replace(q, data=torch.full_like(q.data, largest)).dequantize()
+    largest = to_grid(torch.full_like(q.data, fmt.max, dtype=torch.float32), fmt)
+    limit = replace(q, data=largest).dequantize()
     return (x.abs().float() > limit * (1 + 2**-20)).float().mean().nan_to_num()   # the scale is rounded
 
 
@@ -599,8 +604,7 @@ if HAS_TRITON:
             rows, cols, group, scale_rows = 16, 256, block[1], 1
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
             scale = torch.empty(R, cdiv(C, group), device=x.device, dtype=dtype)
-        dtype = torch.int8 if fmt is INT8 else fmt.dtype or E4M3.dtype
-        q = torch.empty(R, C, device=x.device, dtype=dtype)
+        q = torch.empty(R, C, device=x.device, dtype=held_as(fmt))
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), scale_rows, ROWS=rows,
             COLS=cols, GROUP=group, RULE=rule, AS_E8M0=e8m0, MAX=fmt.max, EMIN=fmt.emin,

@@ -270,11 +270,7 @@ def update_weights(run, lr, update):
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
-        group, bound = run.optimizer.param_groups[0], None
-        if c.optimizer == "muon":
-            bounds = [muon_step_bound(group, weight.shape) for weight in scales.weights]
-            bound = scales.scale.new_tensor(bounds)
-        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update, bound)
+        scales.update(lr, (c.beta1, c.beta2), c.weight_decay, update, run.muon_bound)
     run.optimizer.step()
     if scales and measured:
         scales.rescale()
@@ -478,11 +474,13 @@ def build(c, ranks, saved=None):
     check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None)
+    run.tokenizer_crc = None
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
     is_text = parts and parts[0].dtype == np.uint8
     if c.tokenizer and not c.bench and not c.export:
         with blaming("--tokenizer"):
             run.tokenizer = open_tokenizer(c.tokenizer)
+        run.tokenizer_crc = zlib.crc32(run.tokenizer.to_str().encode())   # megabytes: once, not at every save
         size = max(run.tokenizer.get_vocab().values()) + 1
         need(size <= vocab or not c.init, f"--tokenizer {c.tokenizer} has {size} tokens, the model {vocab}")
         vocab = vocab if c.init else max(vocab, -(-size // 128) * 128)
@@ -503,7 +501,10 @@ def build(c, ranks, saved=None):
     if run.sharded:
         drop_weights(run)
     run.optimizer = make_optimizer(run.model, c, run.mine)
-    run.scales = make_scales(run.model, run.optimizer, c)
+    run.scales, run.muon_bound = make_scales(run.model, run.optimizer, c), None
+    if run.scales and c.optimizer == "muon":   # the same at every step
+        group, weights = run.optimizer.param_groups[0], run.scales.weights
+        run.muon_bound = run.scales.scale.new_tensor([muon_step_bound(group, w.shape) for w in weights])
     # Nothing random is drawn in training: a checkpoint holds this, weights, moments and scales, and no more.
     run.progress = SimpleNamespace(step=0, skipped=0, norms=[])   # norms of the last 100 gradients in use
     if saved:
@@ -770,9 +771,9 @@ def encode(text, run):
     ranks, dtype = run.ranks, np.dtype(np.uint32)
     path = token_cache(text.files, run.tokenizer, f"{os.path.abspath(run.c.out)}.tokens")
     if ranks.rank == 0:
-        what, error = (path, text.files, run.tokenizer, dtype, ranks.say), ""
+        error = ""
         if not path.exists():
-            error = attempt(write_tokens, *what)[1] or ""
+            error = attempt(write_tokens, path, text.files, run.tokenizer, dtype, ranks.say)[1] or ""
         if ranks.store:
             ranks.store.set(path.name, error)
     else:   # a collective would not wait for hours
@@ -1002,7 +1003,7 @@ class Saver:
         state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
                    "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens),
-                   "tokenizer": run.tokenizer and zlib.crc32(run.tokenizer.to_str().encode())}
+                   "tokenizer": run.tokenizer_crc}
         self.last = self.writer.submit(self.write, state, content)
 
     def finish(self):
@@ -1094,8 +1095,8 @@ def restore(run, saved):
             if run.c.resume:
                 run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept[name].items()}
     if run.c.resume:
-        mine = run.tokenizer and zlib.crc32(run.tokenizer.to_str().encode())
-        need(saved.get("tokenizer", mine) == mine, f"{run.c.tokenizer} has changed: bring back the run's")
+        same = saved.get("tokenizer", run.tokenizer_crc) == run.tokenizer_crc
+        need(same, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
         same = saved["config"]["fp8"] == run.c.fp8

@@ -379,14 +379,19 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, recipe, ti
     assert one == two and [step for step, *_ in two] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
-def test_experts_train_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(recipe, tiny, tmp_path):
-    command = f"--model nano-moe --fp8 {recipe} --accum 2 --eval_batches 2 --rescale_interval 3 --clip 1e30"
+def on_two_ranks_as_on_one_and_after_a_resume(command, tiny, tmp_path):
+    """Train in tmp_path/one; on two ranks, and on one, with a stop between, the state must be the same."""
+    command += " --accum 2 --eval_batches 2 --rescale_interval 3 --clip 1e30"
     train_on(1, tiny(command, "one"))
     for ranks in (2, 1):
         train_on(ranks, tiny(command, f"by {ranks}"), stop_at=1 if ranks == 2 else 2)
         train_on(ranks, go_on(tmp_path / f"by {ranks}"))
         assert same_state(tmp_path / "one", tmp_path / f"by {ranks}", STATE[:2])
+
+
+@pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
+def test_experts_train_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(recipe, tiny, tmp_path):
+    on_two_ranks_as_on_one_and_after_a_resume(f"--model nano-moe --fp8 {recipe}", tiny, tmp_path)
     bias = weights(tmp_path / "one")["blocks.0.router.bias"]
     assert 0 < bias.abs().max() <= 8e-3 and read_log(tmp_path / "one")[-1]["load"] > 1   # of 4 steps by 1e-3
 
@@ -394,12 +399,7 @@ def test_experts_train_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(rec
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
 @pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
 def test_muon_trains_on_two_ranks_as_on_one_and_after_a_resume_bit_for_bit(recipe, tiny, tmp_path, capsys):
-    command = f"--optimizer muon --fp8 {recipe} --accum 2 --eval_batches 2 --rescale_interval 3 --clip 1e30"
-    train_on(1, tiny(command, "one"))
-    for ranks in (2, 1):
-        train_on(ranks, tiny(command, f"by {ranks}"), stop_at=1 if ranks == 2 else 2)
-        train_on(ranks, go_on(tmp_path / f"by {ranks}"))
-        assert same_state(tmp_path / "one", tmp_path / f"by {ranks}", STATE[:2])
+    on_two_ranks_as_on_one_and_after_a_resume(f"--optimizer muon --fp8 {recipe}", tiny, tmp_path)
     last = read_log(tmp_path / "one")[-1]
     assert recipe == "none" or last["scale_ratio_min"] >= 1 - 1e-6
     assert train.main(tiny("--optimizer muon --model nano-moe")) == 2 and "experts" in capsys.readouterr().err
