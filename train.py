@@ -40,6 +40,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")   # PyTorch: large pages, for the copies of a checkpoint
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -995,7 +997,7 @@ class Saver:
             return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
         self.finish()
         run = self.run
-        with ThreadPoolExecutor(8) as pool:   # training waits: for 10 GB one thread takes 6 s, eight 0.8 s
+        with ThreadPoolExecutor(16) as pool:   # training waits: for 10 GB one thread takes 6 s, 16 take 0.7 s
             jobs = {name: {key: pool.submit(copy, x)
                            for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
                     for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}

@@ -285,13 +285,20 @@ def test_the_mixture_is_its_equation_and_all_gradients_are_those_of_autograd(mon
 
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(fp8, dtype):
+def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(fp8, dtype, monkeypatch):
+    """With the experts that the unquantized block chose: a few of 300 choices are made by a hair, and one that
+    turns out otherwise is another function. Over two seeds 18.0, 13.6 and 10.3 dB were the least."""
+    chosen, choose = [], m.choose
+
+    def as_before(x, weight, bias, top_k):
+        chosen.append(choose(x, weight, bias, top_k)[1])
+        return (x.float() @ weight.float().t()).sigmoid().gather(1, chosen[0]), chosen[0]
+    monkeypatch.setattr(m, "choose", as_before)
     exact, got = block_step("none", dtype), block_step(fp8, dtype)
-    # A few of 300 choices are made by a hair, and turn out otherwise: another expert computes that token.
-    assert (exact["load"] - got["load"]).abs().sum() < 10
+    assert torch.equal(exact.pop("load"), got.pop("load"))
     for name in exact:
         assert got[name].dtype == exact[name].dtype, name
-        assert sqnr(exact[name], got[name]) > (5 if fp8 in ("mxfp6", "mxfp4") else 8), name
+        assert sqnr(exact[name], got[name]) > {"mxfp6": 11, "mxfp4": 8}.get(fp8, 16), name
 
 
 NEAR_ROUTER = ("router.weight", "norm2.weight", "input", "norm1.weight", "qkv.weight", "out.weight")
