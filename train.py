@@ -1231,7 +1231,8 @@ def bits_per_byte(run, loss):
 
 
 def plot_runs(c):
-    """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c."""
+    """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c, and
+    as a broken line the largest load of a mixture's experts over their mean."""
     folders = [Path(folder) for folder in c.out.split(",")]
     with picture(c.plot, yscale="log", xlabel="step", ylabel="loss, nats/token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
@@ -1243,6 +1244,9 @@ def plot_runs(c):
             steps, losses, val_losses = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss"))
             line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
             axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
+            if "load" in records[0]:
+                axes.plot(steps, [r.get("load") for r in records], "--", lw=1, color=line.get_color())
+                axes.set_ylabel("loss, nats/token; dots: validation; broken: load")
 
 
 def bench(c):

@@ -127,18 +127,25 @@ def log_of(name, **config):
     return records
 
 
+NAMES = {"124m": "124m", "1b": "1b", "1b-long": "1b", "moe-1b": "moe-1b", "124m-tokens": "124m",
+         "124m-muon": "124m", "smollm2": "SmolLM2"}   # of models, by those of the logs
+
+
 def losses_of_seeds(runs, steps):
     """Return {first cell of a row: losses of its seeds} of a table that equals the logs of these runs."""
-    preset, table = runs.split("-")[0], {}
+    preset, table = NAMES[runs], {}
     suffixes = {"": "", ", again": "-again", ", fprop promoted every 512 of K": "-aside"}
-    header, _, *rows = RESULTS.split(f"| `{preset}`, {steps:,} steps |")[1].split("\n\n")[0].splitlines()
+    tables = re.split(rf"\| `?{preset}`?, {steps:,} steps \|", RESULTS)
+    header, _, *rows = tables[1].split("\n\n")[0].splitlines()
     for row in rows:
         what, *cells, mean, spread = (cell.strip() for cell in row[1:-1].split("|"))
         _, recipe, addition = what.split("`")
         losses, name = [], f"{runs}-{recipe}{suffixes[addition]}"
         for seed, cell in zip(re.findall(r"seed (\d+)", header), cells, strict=True):
             if cell:   # else it was not run
-                log = log_of(f"{name}-{seed}", model=preset, fp8=recipe, seed=int(seed), steps=steps)
+                options = dict(fp8=recipe, seed=int(seed), steps=steps)
+                options |= {"init": "smollm2"} if runs == "smollm2" else {"model": preset}
+                log = log_of(f"{name}-{seed}", **options)
                 losses.append(log[-1]["val_loss"])
                 assert cell == f"{losses[-1]:.4f}" and ("changed" in log[0]) == ("-aside" in name)
         assert mean == (f"{statistics.mean(losses):.4f}" if len(losses) == len(cells) else ""), what
@@ -147,7 +154,9 @@ def losses_of_seeds(runs, steps):
     return table
 
 
-@pytest.mark.parametrize("runs, steps, rows", [("124m", 1500, 5), ("1b", 500, 8), ("1b-long", 1500, 3)])
+@pytest.mark.parametrize("runs, steps, rows", [
+    ("124m", 1500, 5), ("1b", 500, 8), ("1b-long", 1500, 3), ("moe-1b", 1000, 2), ("124m-tokens", 1000, 2),
+    ("124m-muon", 500, 2), ("smollm2", 200, 2)])
 def test_the_losses_of_seeds_are_those_of_the_logs_whose_scales_were_never_too_small(runs, steps, rows):
     assert len(losses_of_seeds(runs, steps)) == rows
 
