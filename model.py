@@ -262,7 +262,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin):
         """Return the output (B, T, d); of a mixture also how many tokens each expert got, (experts,)."""
         if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, use_reentrant=False)
+            return checkpoint(self.compute, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
         return self.compute(x, cos, sin)
 
     def compute(self, x, cos, sin):

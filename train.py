@@ -119,6 +119,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
+    graph: bool = opt(False, "GPU: launch each micro-batch as one CUDA graph, for small micro-batches")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -199,6 +200,7 @@ def resolve(c, device, world, saved=None):
          f"change --batch or --seq")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
+    need(not c.graph or device.type == "cuda", f"--graph is for GPUs, this runs on {device}: leave it out")
     need(not c.calibrate or c.eval_only, f"--calibrate {c.calibrate} is for --eval_only: leave it out")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
@@ -262,7 +264,26 @@ def requantize(run):
     """Make the FP8 copies of all weights anew, or of those that this rank owns."""
     for i, layer in enumerate(run.model.linears()):
         if run.mine(layer.weight):
+            before = layer.copies
             layer.requantize(None if run.scales is None else run.scales.views[i])
+            keep_place(run, layer, before)
+
+
+def keep_place(run, layer, before):
+    """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
+    if run.graph and before:
+        for place, new in zip(before, layer.copies):
+            place.data.copy_(new.data)
+            place.scale.copy_(new.scale)
+        layer.set_copies(before)
+
+
+def clip(run, trained, norm):
+    """Scale gradients of this total norm down to --clip. FP8AdamW multiplies as it reads them."""
+    if isinstance(run.optimizer, FP8AdamW):
+        run.optimizer.factor = (run.c.clip / (norm + 1e-6)).clamp(max=1)   # as PyTorch does
+    else:
+        clip_grads_with_norm_(trained, run.c.clip, norm)
 
 
 def update_weights(run, lr, update):
@@ -305,14 +326,51 @@ def forward_backward(run, step):
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in run.model.linears():
             layer.accumulates = not sends   # DDP waits for gradients in autograd's hooks
-        loss = run.ddp(tokens, targets)
-        (loss / len(mine)).backward()   # DDP averages over the ranks
-        loss_sum += loss.detach() / c.accum
+        loss = (replay if c.graph and not sends else micro_batch)(run, tokens, targets, len(mine))
+        loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
         if ranks.device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(*upcoming, ranks.device)
     return loss_sum, loads, (tokens, targets)
+
+
+def micro_batch(run, tokens, targets, count):
+    """Add the gradients of one of `count` micro-batches to .grad. Return its loss."""
+    loss = run.ddp(tokens, targets)
+    (loss / count).backward()   # DDP averages over the ranks
+    return loss.detach()
+
+
+def replay(run, tokens, targets, count):
+    """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel. It
+    keeps addresses: it is recorded anew if a tensor that it uses has moved. What it launches has to be
+    compiled before, so the first micro-batch that finds gradients to add to is not recorded."""
+    used = [p.grad for p in run.model.parameters() if p.requires_grad]
+    used += [x for layer in run.model.linears() for q in layer.copies or () for x in (q.data, q.scale)]
+    ready = all(x is not None for x in used)
+    if not (ready and run.graph):
+        run.graph = SimpleNamespace(addresses=None) if ready else None
+        return micro_batch(run, tokens, targets, count)
+    addresses = [x.data_ptr() for x in used]
+    if run.graph.addresses != addresses:
+        run.graph = None   # and its memory
+        run.graph = record(run, tokens.clone(), targets.clone(), count)
+        run.graph.addresses = addresses
+    run.graph.tokens.copy_(tokens)
+    run.graph.targets.copy_(targets)
+    run.graph.replay()
+    run.model.loads = run.graph.loads
+    return run.graph.loss
+
+
+def record(run, tokens, targets, count):
+    """Return the graph: `replay` computes `micro_batch` of what is in tokens and targets then."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        loss = micro_batch(run, tokens, targets, count)
+    return SimpleNamespace(tokens=tokens, targets=targets, replay=graph.replay, loss=loss,
+                           loads=getattr(run.model, "loads", None))
 
 
 def evaluate(run, gradient=False):
@@ -375,7 +433,7 @@ def loop(run, log, saver):
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
         if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
-            clip_grads_with_norm_(trained, c.clip, norm)
+            clip(run, trained, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
             model.balance(loads)
         else:
@@ -387,7 +445,8 @@ def loop(run, log, saver):
                          if math.isfinite(loss + norm_value) else first_non_finite(run, step))
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
                                f"look at the data; {last_good(c.out)}")
-        model.zero_grad(set_to_none=run.ddp is model)   # DDP: the gradients stay in its buckets, one copy
+        # DDP: the gradients stay in its buckets, one copy. A graph: they stay where it adds to them.
+        model.zero_grad(set_to_none=run.ddp is model and not c.graph)
         progress.step = step = step + 1
         now = time.perf_counter()
 
@@ -455,6 +514,8 @@ def start(c):
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     c.shard = c.shard and not reporting   # then every rank has all weights
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
+    if c.graph:
+        torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
     return ranks, saved
 
 
@@ -475,7 +536,7 @@ def build(c, ranks, saved=None):
     paths = dict.fromkeys(("data", "out", "init", "tokenizer", "device"))   # may differ
     check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
-    run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None)
+    run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None, graph=None)
     run.tokenizer_crc = None
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
     is_text = parts and parts[0].dtype == np.uint8
@@ -957,8 +1018,9 @@ def share(run):
         work.wait()
         if p in layers and not run.mine(p):
             layer, i = layers[p]
-            w = replace(layer.copies[0], scale=run.scales.views[i].view(-1, 1))
+            w, before = replace(layer.copies[0], scale=run.scales.views[i].view(-1, 1)), layer.copies
             layer.set_copies((w, transposed(w)))
+            keep_place(run, layer, before)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -997,6 +1059,8 @@ class Saver:
             return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
         self.finish()
         run = self.run
+        if run.ranks.device.type == "cuda":
+            torch.cuda.synchronize()   # the threads do not wait for the stream of this one
         with ThreadPoolExecutor(16) as pool:   # training waits: for 10 GB one thread takes 6 s, 16 take 0.7 s
             jobs = {name: {key: pool.submit(copy, x)
                            for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
@@ -1250,42 +1314,47 @@ def plot_runs(c):
 
 
 def bench(c):
-    """Time the recipes one after another on random tokens. Return {name: its row of the table}. Medians:
-    forward + backward of a micro-batch; the optimizer's step. tokens/s and mfu count --accum of the first and
-    one of the second, `x none` the first alone. `kept`: what forward leaves for backward."""
+    """Time the recipes one after another on random tokens, by the functions of the loop. Return {name: its
+    row of the table}. Medians of: forward + backward, the mean over --accum micro-batches; clipping and the
+    optimizer's step. `x none` compares the first alone. `kept`: what forward leaves for backward."""
     ranks, _ = start(c)
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
-    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.batch} x "
-          f"{c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")
+    print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.accum} x "
+          f"{c.batch} x {c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")
     wait, memory = torch.get_device_module(device).synchronize, torch.cuda.memory_allocated   # 0 on a CPU
     for fp8 in c.fp8.split(","):
         run, times = build(replace(c, fp8=fp8), ranks), []
-        inputs, targets = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
+        tokens = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
+        run.batches = SimpleNamespace(step=lambda *_: tokens)
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        before = memory()
+        loss = run.model(*tokens)
+        kept = memory() - before
+        del loss
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         for step in range(c.steps + 3):   # the first three warm up
             wait()
-            before, begin = memory(), time.perf_counter()
-            loss = run.model(inputs, targets)
-            kept = memory() - before
-            loss.backward()
+            begin = time.perf_counter()
+            forward_backward(run, step)
             wait()
             middle = time.perf_counter()
+            clip(run, trained, get_total_norm([p.grad for p in trained if p.grad is not None]))
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
-            run.model.zero_grad()
+            run.model.zero_grad(set_to_none=not c.graph)
         first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
-        speed = 1e3 * c.accum * c.batch * c.seq / (c.accum * first + second)
-        rows[fp8] = row = {"fwd+bwd ms": first, "optimizer ms": second, "tokens/s": speed,
+        speed = 1e3 * c.accum * c.batch * c.seq / (first + second)
+        rows[fp8] = row = {"fwd+bwd ms": first / c.accum, "optimizer ms": second, "tokens/s": speed,
                            **mfu(run.model, speed, device)}
         if gpu:
             row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, "kept GiB": kept / 2**30}
-        row["x none"] = rows["none"]["fwd+bwd ms"] / first if "none" in rows else math.nan
+        row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
         if len(rows) == 1:
             print("recipe  ", *(f"{name:>13}" for name in row))
         print(f"{fp8:8}", *(f"{x:>13,.{0 if x > 1000 else 3}f}" for x in row.values()))
-        run = loss = None
+        run = trained = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
 

@@ -286,8 +286,8 @@ def test_the_mixture_is_its_equation_and_all_gradients_are_those_of_autograd(mon
 @pytest.mark.parametrize("fp8", [name for name in RECIPES if name != "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(fp8, dtype, monkeypatch):
-    """With the experts that the unquantized block chose: a few of 300 choices are made by a hair, and one that
-    turns out otherwise is another function. Over two seeds 18.0, 13.6 and 10.3 dB were the least."""
+    """With the experts that the unquantized block chose: a few of 300 choices are made by a hair, and one
+    that turns out otherwise is another function. Over two seeds 18.0, 13.6 and 10.3 dB were the least."""
     chosen, choose = [], m.choose
 
     def as_before(x, weight, bias, top_k):

@@ -543,6 +543,16 @@ def test_two_gpus_train_the_same_weights_as_one_that_sends_gradients_in_bf16(rec
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [*RECIPES, "moss --model nano-moe", "none --model nano-moe",
+                                    "moss --recompute block"])
+def test_on_a_gpu_a_graph_trains_as_single_kernels_do(recipe, tiny):
+    """To rounding: attention adds up its gradients in no fixed order."""
+    command = f"--device cuda --seq 64 --accum 3 --steps 5 --rescale_interval 2 --fp8 {recipe}"
+    eager, graph = run(tiny(command, "eager")), run(tiny(f"{command} --graph", "graph"))
+    assert graph["val_loss"] == pytest.approx(eager["val_loss"], rel=2e-3)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("first, then", [("moss", "none"), ("none", "moss"), ("tensor", "moss"),
                                          ("moss", "moss")])
 def test_on_a_gpu_a_checkpoint_goes_on_under_any_recipe(first, then, tiny, tmp_path):
@@ -1232,6 +1242,27 @@ def test_every_preset_has_defaults_that_every_recipe_can_run():
     assert [config(steps=steps).eval_every for steps in (3, 600, 100_000)] == [1, 120, 250]
     with pytest.raises(train.UserError, match="--accum 3 .* 2 ranks: use --accum 4"):
         train.resolve(train.Config(model="nano", accum=3), CPU, world=2)
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "moss --optimizer muon", "moss --model nano-moe"])
+def test_a_graph_finds_every_tensor_where_it_was_and_trains_as_without(recipe, tiny, tmp_path, monkeypatch):
+    """On a CPU nothing can be recorded: what a graph would do is done each time."""
+    command = f"--accum 2 --steps 5 --eval_every 2 --rescale_interval 2 --fp8 {recipe}"
+    run(tiny(command, "eager"))
+    start, recorded = train.start, []
+
+    def record(run, tokens, targets, count):
+        def replay():
+            graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
+            graph.loads = getattr(run.model, "loads", None)
+        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()))
+        recorded.append(graph)
+        return graph
+    monkeypatch.setattr(train, "record", record)
+    monkeypatch.setattr(train, "start", lambda c: (start(c), setattr(c, "graph", True))[0])
+    run(tiny(command, "graph"))
+    assert len(recorded) == 1
+    assert same_state(tmp_path / "eager", tmp_path / "graph")
 
 
 def test_bench_times_every_recipe_all_micro_batches_and_one_optimizer_step(tmp_path, monkeypatch, capsys):
