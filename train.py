@@ -278,14 +278,6 @@ def keep_place(run, layer, before):
         layer.set_copies(before)
 
 
-def clip(run, trained, norm):
-    """Scale gradients of this total norm down to --clip. FP8AdamW multiplies as it reads them."""
-    if isinstance(run.optimizer, FP8AdamW):
-        run.optimizer.factor = (run.c.clip / (norm + 1e-6)).clamp(max=1)   # as PyTorch does
-    else:
-        clip_grads_with_norm_(trained, run.c.clip, norm)
-
-
 def update_weights(run, lr, update):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. A predicted
     scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale that is
@@ -433,7 +425,7 @@ def loop(run, log, saver):
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
         if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
-            clip(run, trained, norm)
+            clip_grads_with_norm_(trained, c.clip, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
             model.balance(loads)
         else:
@@ -1339,7 +1331,8 @@ def bench(c):
             forward_backward(run, step)
             wait()
             middle = time.perf_counter()
-            clip(run, trained, get_total_norm([p.grad for p in trained if p.grad is not None]))
+            norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+            clip_grads_with_norm_(trained, c.clip, norm)
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
