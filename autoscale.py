@@ -133,8 +133,9 @@ class WeightScales:
               "current": rescale after every step (just-in-time scaling)
     parts     for each weight, how many scales it has, for as many equal groups of rows (experts); default 1
 
-    self.scale, (n,) float32, only changes in place: a layer may keep self.views[i], the scales of weight i.
-    The scale of zeros is MIN_SCALE. A prediction does not look at weights: only a rescale shows a NaN or Inf.
+    self.scale, (n,) float32, is all of the state. Checkpoints need it: without it a resumed run quantizes
+    otherwise. It only changes in place: a layer may keep self.views[i], the scales of weight i. The scale of
+    zeros is MIN_SCALE. A prediction does not look at weights: only a rescale shows a NaN or Inf.
     """
 
     def __init__(self, weights, mode="predicted", interval=500, parts=None):
@@ -195,19 +196,6 @@ class WeightScales:
                 scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
         bound = adam_update_bound(step, *betas) * UPDATE_SLACK if bound is None else bound
         self.scale.add_(abs(lr) * bound / E4M3.max)
-
-    def state_dict(self) -> dict:
-        """Return a copy of the state. A run resumed without it would quantize with other scales."""
-        return {"mode": self.mode, "scale": self.scale.clone()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a state bit for bit. ValueError if its mode or the shape or dtype of its scale differs."""
-        saved, mine = ({key: (*x.shape, x.dtype) if isinstance(x, torch.Tensor) else x
-                        for key, x in s.items()} for s in (state or {}, self.state_dict()))
-        if saved != mine:
-            raise ValueError(f"the saved scales have {saved}, these {mine}; build WeightScales as it was "
-                             "when saved, or do not load and call rescale() instead")
-        self.scale.copy_(state["scale"])
 
 
 # ---------------------------------------------------------------------------------------------------

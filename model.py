@@ -23,6 +23,7 @@ import shutil
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -258,6 +259,7 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up", experts=config.experts)
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small, config.experts)
         self.router = Router(config) if config.experts else None
+        self.ranks = None   # the process group over which its experts are spread
 
     def forward(self, x, cos, sin):
         """Return the output (B, T, d); of a mixture also how many tokens each expert got, (experts,)."""
@@ -347,11 +349,13 @@ def mixture(block, x):
     up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass."""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
     score, chosen = block.router(n)                                                       # (T, top_k)
-    r = route(chosen, block.config.experts, 128 if block.gate_up.recipe else 1)
-    h = block.gate_up(Move.apply(n, r.token, r.row), r.groups)                            # (R, 2 ffn)
-    a = compiled_swiglu(h) * r.in_rows(shares(score))[:, None]                            # (R, ffn)
-    y = block.down(a.to(x.dtype), r.groups)                                               # (R, d)
-    return x + Move.apply(y, r.row, r.token).view_as(x), r.load
+    r, ranks = route_in(block, chosen, 128 if block.gate_up.recipe else 1), block.ranks
+    n, p = (exchange(z, of_all, sum_of_all, ranks) for z in (n, shares(score)))           # of all ranks
+    h = block.gate_up(blank(Move.apply(n, r.token, r.row), ranks), r.groups)              # (R, 2 ffn)
+    a = compiled_swiglu(h) * blank(r.in_rows(p), ranks)[:, None]                          # (R, ffn)
+    y = blank(block.down(a.to(x.dtype), r.groups), ranks)                                 # (R, d)
+    y = exchange(Move.apply(y, r.row, r.token), sum_of_all, of_all, ranks)                # (T, d)
+    return x + y.view_as(x), r.load
 
 
 class Router(nn.Module):
@@ -471,6 +475,88 @@ def by_expert(q, E, axis):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Experts on several ranks. Each rank has as many of every layer. All ranks get all tokens, in FP8 (with the
+# recipe moss), and add up what their experts make of them; the sums come back in BF16. A token chooses top_k
+# experts: for up to top_k ranks this moves no more bytes than a copy of the token for each choice would.
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor   # before PyTorch 2.13
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def spread_experts(model, ranks):
+    """Leave to each rank of a process group its experts, in order, of all that it has now."""
+    for block in model.blocks:
+        block.ranks = ranks
+        for layer in (block.gate_up, block.down):
+            layer.experts //= ranks.size()
+            layer.weight.data = layer.weight.data.chunk(ranks.size())[ranks.rank()].clone()
+
+
+def of_all(x, ranks):
+    """Return the rows of all ranks (n T, ...), one rank's after the other's, of x (T, ...)."""
+    if ranks is None:
+        return x
+    out = x.new_empty(ranks.size() * len(x), *x.shape[1:])
+    all_gather(out.view(torch.uint8), x.contiguous().view(torch.uint8), group=ranks)   # they know no FP8
+    return out
+
+
+def sum_of_all(x, ranks):
+    """Return the sums over the ranks of those rows (T, ...) of x (n T, ...) that are this rank's."""
+    if ranks is None:
+        return x
+    out = x.new_empty(len(x) // ranks.size(), *x.shape[1:])
+    reduce_scatter(out, x.contiguous(), group=ranks)
+    return out
+
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, there, back, ranks):
+        ctx.back = back, ranks
+        return there(x, ranks)
+
+    @staticmethod
+    def backward(ctx, dy):
+        back, ranks = ctx.back
+        return back(dy, ranks), None, None, None
+
+
+def exchange(x, there, back, ranks):
+    """Return there(x, ranks), whose gradient is back(dy, ranks). of_all and sum_of_all are each other's."""
+    return x if ranks is None else Exchange.apply(x, there, back, ranks)
+
+
+def route_in(block, chosen, align=128):
+    """Return the Routes of the chosen experts (T, top_k). If experts are spread, they lead from the tokens of
+    all ranks to the experts of this one. The host waits to know how many rows that takes. One row more, the
+    last, stands for all choices of experts elsewhere: it is made zero, and no product reads it."""
+    if block.ranks is None:
+        return route(chosen, block.config.experts, align)
+    E = block.gate_up.experts
+    load = chosen.flatten().bincount(minlength=block.config.experts).float()
+    here = of_all(chosen, block.ranks) - E * block.ranks.rank()
+    r = route(torch.where((here >= 0) & (here < E), here, E), E + 1, align)   # those elsewhere come last
+    R = int(r.groups.first[E]) + align
+    token, of_tile = F.pad(r.token, (0, align))[:R], F.pad(r.groups.of_tile, (0, 1))[:R // align]
+    groups = Groups(r.groups.first[:-1], of_tile.clamp(max=E - 1))
+    return Routes(token, r.row.clamp(max=R - 1), load, groups)
+
+
+def blank(x, ranks):
+    """Return x (R, ...) with zeros in the last row, if experts are spread."""
+    return x if ranks is None else x.index_fill(0, torch.tensor([len(x) - 1], device=x.device), 0)
+
+
+def add_rows(x, rows, add, ranks):
+    """Return `combine` of x (R, C), and overwrite its last row; if experts are spread, the sum over them."""
+    if ranks is None:
+        return combine(x, rows, add)
+    x[-1] = 0
+    return add + sum_of_all(combine(x, rows), ranks)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The dataflow of moss. Blocks with this recipe take it; blocks with any other run layer by layer.
 
 def can_fuse(block):
@@ -566,9 +652,9 @@ class FusedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
         score, chosen = block.router(block.norm2(x))                                      # (T, top_k)
-        r = route(chosen, block.config.experts)
-        p = r.in_rows(shares(score))                                                      # (R,)
-        x_q = block.norm2(x, quantize_norm)                                               # (T, d)
+        r = route_in(block, chosen)
+        p = r.in_rows(of_all(shares(score), block.ranks))                                 # (R,)
+        x_q = quantized_of_all(block.norm2(x, quantize_norm), block.ranks)                # (T, d)
         h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
         a_q, h_q = quantize_swiglu(h, p)                                             # (R, ffn), (R, 2 ffn)
         y = matmul(a_q, block.down.w, x.dtype, groups=r.groups)                           # (R, d)
@@ -576,7 +662,7 @@ class FusedMixture(torch.autograd.Function):
                               r.groups.of_tile, *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
         ctx.block = block
         ctx.mark_non_differentiable(r.load)
-        return combine(y, r.row, x), r.load
+        return add_rows(y, r.row, x, block.ranks), r.load
 
     @staticmethod
     @once_differentiable
@@ -584,14 +670,19 @@ class FusedMixture(torch.autograd.Function):
         (x, norm_weight, score, chosen, p, token, row, first, of_tile, *saved) = ctx.saved_tensors
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
         groups, block = Groups(first, of_tile), ctx.block
-        dy_q = take(quantize_norm(dz, "none"), token)                                     # (R, d)
+        dy_q = take(quantized_of_all(quantize_norm(dz, "none"), block.ranks), token)      # (R, d)
         da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
-        dn, dw = router_gradient(dp[row], score, chosen, block.norm2(x), block.router.weight)
-        c, dx = block.config, combine(dx, row, dn)
+        dp = sum_of_all(blank(dp, block.ranks)[row], block.ranks)                         # (T, top_k)
+        dn, dw = router_gradient(dp, score, chosen, block.norm2(x), block.router.weight)
+        c, dx = block.config, add_rows(dx, row, dn, block.ranks)
         dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
         return dx, d_norm, dw if block.router.weight.requires_grad else None, dw_gate_up, dw_down, None
+
+
+def quantized_of_all(q, ranks):
+    return Quantized(of_all(q.data, ranks), of_all(q.scale, ranks), q.block)
 
 
 def take(q, index):

@@ -53,7 +53,7 @@ from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, muon_step_b
 from fp8_formats import picture
 from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
 from model import (PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, config_for, config_of,
-                   flops_per_token, load_weights, save_folder, watch)
+                   flops_per_token, load_weights, save_folder, spread_experts, watch)
 
 
 class UserError(Exception):
@@ -121,6 +121,7 @@ class Config:
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
     graph: bool = opt(False, "GPU: launch each micro-batch as one CUDA graph, for small micro-batches")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
+    expert_parallel: int = opt(1, "ranks that share the experts of a layer: 1, or all ranks", 1)
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
     device: str = opt(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     # one of these, instead of beginning a run
@@ -198,9 +199,14 @@ def resolve(c, device, world, saved=None):
     need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
          f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
          f"change --batch or --seq")
+    n = c.expert_parallel
+    need(n == 1 or n == world and shape.experts and shape.experts % n == c.eval_batches % n == 0,
+         f"--expert_parallel {n}: there are {world} ranks, {shape.experts} experts and --eval_batches "
+         f"{c.eval_batches}: give 1, or the number of ranks if it divides both others")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
-    need(not c.graph or device.type == "cuda", f"--graph is for GPUs, this runs on {device}: leave it out")
+    need(not c.graph or device.type == "cuda" and n == 1,
+         f"--graph is for GPUs without --expert_parallel, this runs on {device}: leave it out")
     need(not c.calibrate or c.eval_only, f"--calibrate {c.calibrate} is for --eval_only: leave it out")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
@@ -316,14 +322,16 @@ def forward_backward(run, step):
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
-        for layer in run.model.linears():
-            layer.accumulates = not sends   # DDP waits for gradients in autograd's hooks
+        for layer in run.model.linears():   # DDP waits for gradients in autograd's hooks
+            layer.accumulates = not sends or layer.weight in run.experts
         loss = (replay if c.graph and not sends else micro_batch)(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
         if ranks.device.type == "cuda":   # which is still busy: read ahead
             run.batches.step(*upcoming, ranks.device)
+    if run.experts:   # they have seen the tokens of all ranks, whose losses DDP averages
+        torch._foreach_div_([p.grad for p in run.experts if p.grad is not None], ranks.world)
     return loss_sum, loads, (tokens, targets)
 
 
@@ -384,12 +392,14 @@ def train(c):
         return ranks.say(f"{c.out} is at step {saved['step']} of {c.steps}: the run is done; raise --steps")
     run = build(c, ranks, saved)
     if ranks.world > 1:
-        run.ddp = data_parallel(run.model, ranks.device)
+        run.ddp = data_parallel(run.model, ranks.device, run.experts)
     ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
     ranks.say(f"model   {c.model or c.init}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
               f"vocabulary {run.model.config.vocab}; {len(run.batches.tokens):,} training and "
               f"{len(run.val_batches.tokens):,} validation tokens of {c.data or 'Python source code'}")
     ranks.say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
+    if run.experts:
+        ranks.say(exchanged(run))
     if saved:
         ranks.say(f"resumed {saved['path']}, which {len(saved['files'])} ranks wrote, on {ranks.world}")
         if saved["tokens"] != len(run.batches.tokens):
@@ -398,6 +408,13 @@ def train(c):
     ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {evaluate(run):.4f}")
     with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # writes begin
         return loop(run, log, Saver(run, writer))
+
+
+def gradient_norm(run, trained):
+    """Return the norm of the gradients of all parameters, those of experts on other ranks as well."""
+    norm, of_spread = (get_total_norm([p.grad for p in trained if p.grad is not None and
+                                       (p in run.experts) == spread]) for spread in (False, True))
+    return (norm.square() + all_reduce(of_spread.square())).sqrt() if run.experts else norm
 
 
 def loop(run, log, saver):
@@ -414,7 +431,7 @@ def loop(run, log, saver):
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
         health = scale_health(run, *last_batch) if logging else {}
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = gradient_norm(run, trained)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
         shared = torch.stack((loss, loss.new_tensor(float(stop.received))))
         shared = all_reduce(torch.cat((shared, loads.flatten())))
@@ -445,7 +462,8 @@ def loop(run, log, saver):
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
             health["val_loss"] = evaluate(run)
-            check_same(run.scales and run.scales.scale.tolist(), "weight scales: do all run the same code?")
+            check_same(run.scales and [view.tolist() for view, w in zip(run.scales.views, run.scales.weights)
+                                       if w not in run.experts], "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
         if ending or evaluating and not in_a_row:
@@ -473,8 +491,8 @@ def loop(run, log, saver):
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    if ranks.rank == 0:
-        ranks.say(f"\n--- sample ---\n{sample(run)}\n--- summary ---")
+    text = "" if ranks.rank and not run.experts else sample(run)   # experts of all ranks are needed
+    ranks.say(f"\n--- sample ---\n{text}\n--- summary ---")
     for key, value in summary.items():
         ranks.say(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
     return summary
@@ -504,7 +522,8 @@ def start(c):
     for inside in map(os.path.realpath, inputs):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
-    c.shard = c.shard and not reporting   # then every rank has all weights
+    if reporting:   # then every rank has all weights
+        c.shard, c.expert_parallel = False, 1
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
     if c.graph:
         torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
@@ -516,7 +535,7 @@ def make_model(c, device, vocab, saved=None):
     with blaming(f"--model {c.model or c.init}"), torch.device(device):
         config = replace(shape_of(c, saved), layers=c.layers, seq=c.seq, vocab=vocab)
         model = Transformer(config, c.fp8, c.recompute)
-    if device.type == "cuda" and c.fp8 == "none":
+    if device.type == "cuda" and c.fp8 == "none" and c.expert_parallel == 1:
         model.compile(dynamic=False)
     return model
 
@@ -551,7 +570,11 @@ def build(c, ranks, saved=None):
             load_weights(run.model, Path(c.init))
     for p in run.model.parameters() if ranks.world > 1 and not saved else ():
         dist.broadcast(p.data, 0)   # from one seed, GPUs of two kinds draw two sets of numbers
-    run.owner = owners(run.model, ranks.world)
+    run.experts = set()   # those that only this rank has
+    if c.expert_parallel > 1:
+        spread_experts(run.model, dist.new_group())
+        run.experts = {layer.weight for layer in run.model.linears() if layer.experts}
+    run.owner = owners(run.model, ranks.world) | dict.fromkeys(run.experts, ranks.rank)
     run.mine = lambda p: not run.sharded or run.owner[p] == ranks.rank   # whether this rank steps p
     if run.sharded:
         drop_weights(run)
@@ -963,9 +986,21 @@ def check_same(thing, what):
     need(all(other == thing for other in gather(thing)), f"the ranks have different {what}", RunError)
 
 
-def data_parallel(model, device):
-    """Return DDP. It sums micro-batches in FP32. On GPUs the sum travels in BF16."""
+def exchanged(run):
+    """Return in one line what experts that are spread over the ranks receive."""
+    c, n, d, gpu = run.c, run.ranks.world, run.model.config.d, run.ranks.device.type == "cuda"
+    plain, tokens = d * (2 if gpu else 4), 2 * c.layers * c.accum // n * (n - 1) * c.batch * c.seq
+    sent = d + 4 if run.model.blocks[0].fused else plain   # FP8 and a scale, forward and backward
+    return (f"experts {run.model.config.experts // n} of each layer on a rank. It receives, each step, "
+            f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients (unquantized they would be "
+            f"{tokens * plain / 1e6:,.1f}) and {tokens * plain / 1e6:,.1f} MB of sums")
+
+
+def data_parallel(model, device, experts=()):
+    """Return DDP. It sums micro-batches in FP32. On GPUs the sum travels in BF16. It ignores `experts`."""
     gpu = device.type == "cuda"
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, p in model.named_parameters() if p in experts])
     for p in model.parameters():   # for DDP's buckets; those of a first micro-batch would lie beside them
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     # On CPUs, looking for unused parameters keeps DDP from changing the order of its sums after the first
@@ -1000,10 +1035,16 @@ def drop_weights(run):
 def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
     which each rank makes W^T; all others in FP32."""
+    views = [view for view, w in zip(run.scales.views, run.scales.weights) if w in run.experts]
+    own = [view.clone() for view in views]
     all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
+    for view, scale in zip(views, own):
+        view.copy_(scale)
     layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
     sent = []
     for p, owner in run.owner.items():
+        if p in run.experts:
+            continue
         data = layers[p][0].copies[0].data if p in layers else p.data
         sent.append((p, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
     for p, work in sent:
@@ -1054,11 +1095,10 @@ class Saver:
         if run.ranks.device.type == "cuda":
             torch.cuda.synchronize()   # the threads do not wait for the stream of this one
         with ThreadPoolExecutor(16) as pool:   # training waits: for 10 GB one thread takes 6 s, 16 take 0.7 s
-            jobs = {name: {key: pool.submit(copy, x)
-                           for key, x in {"weight": p.data, **run.optimizer.state.get(p, {})}.items()}
+            jobs = {name: {key: pool.submit(copy, x) for key, x in {
+                        "weight": p.data, **scale_of(run, p), **run.optimizer.state.get(p, {})}.items()}
                     for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
-        own = {name: {key: job.result() for key, job in kept.items()} for name, kept in jobs.items()}
-        state = {"parameters": own, "scales": run.scales and run.scales.state_dict()}
+        state = {name: {key: job.result() for key, job in kept.items()} for name, kept in jobs.items()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
                    "model_config": asdict(run.model.config), "tokens": len(run.batches.tokens),
                    "tokenizer": run.tokenizer_crc}
@@ -1095,6 +1135,12 @@ class Saver:
         for old in checkpoints(self.out)[self.run.c.keep:]:   # what is half removed must not look whole
             attempt(old.rename, old.with_suffix(".tmp"))
             shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
+
+
+def scale_of(run, p):
+    """Return {"scale": that of a weight, or those of its experts}, {} if it has none."""
+    scales = dict(zip(run.scales.weights, run.scales.views)) if run.scales else {}
+    return {"scale": scales[p]} if p in scales else {}
 
 
 def write_file(path, state):
@@ -1146,20 +1192,25 @@ def restore(run, saved):
              f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]   # weights_only: no code of a file's is run
-    kept = {name: values for part in parts for name, values in part["parameters"].items()}
+    ranks, same = run.ranks, saved["config"]["fp8"] == run.c.fp8
     for name, p in run.model.named_parameters():
         if run.mine(p):
-            p.copy_(kept[name].pop("weight"))
+            pieces = [part[name] for part in parts if name in part]   # several of experts that were spread
+            kept = {key: torch.cat([piece[key] for piece in pieces]) if len(pieces) > 1 and x.dim() else x
+                    for key, x in pieces[0].items()}
+            if p in run.experts:
+                kept = {key: x.chunk(ranks.world)[ranks.rank] if x.dim() else x for key, x in kept.items()}
+            p.copy_(kept.pop("weight"))
+            scale = kept.pop("scale", None)
+            for own in scale_of(run, p).values() if same else ():
+                own.copy_(scale)
             if run.c.resume:
-                run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept[name].items()}
+                run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept.items()}
     if run.c.resume:
         same = saved.get("tokenizer", run.tokenizer_crc) == run.tokenizer_crc
         need(same, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
-        same = saved["config"]["fp8"] == run.c.fp8
-        if same:
-            run.scales.load_state_dict(next(part["scales"] for part in parts if part["scales"]))
         minus_least = all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX)   # of all ranks
         if not same or minus_least > -1:
             run.scales.rescale()
@@ -1331,8 +1382,7 @@ def bench(c):
             forward_backward(run, step)
             wait()
             middle = time.perf_counter()
-            norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-            clip_grads_with_norm_(trained, c.clip, norm)
+            clip_grads_with_norm_(trained, c.clip, gradient_norm(run, trained))
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))

@@ -325,12 +325,12 @@ def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path
     change_config(folder, eos_token_id=0)
     assert run("--init", folder, "--data", texts, "--out", out, *TUNE) == 0
     assert "tokenized" in capsys.readouterr().out
-    whole = {name: x for name, x in torch.load(out / "step_00000004/rank_0.pt")["parameters"].items()}
+    whole = {name: x for name, x in torch.load(out / "step_00000004/rank_0.pt").items()}
     (out / "step_00000004").rename(tmp_path / "aside")
     (folder / "model.safetensors").rename(tmp_path / "gone")   # a checkpoint needs the folder no more
     assert run("--resume", "--out", out) == 0
     assert "tokenized" not in capsys.readouterr().out   # the cache serves
-    again = torch.load(out / "step_00000004/rank_0.pt")["parameters"]
+    again = torch.load(out / "step_00000004/rank_0.pt")
     assert all(torch.equal(x, again[name][key]) for name, kept in whole.items() for key, x in kept.items())
     assert run("--export", exported, "--out", out) == 0
     config = json.loads((exported / "config.json").read_text())
