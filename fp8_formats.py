@@ -201,12 +201,9 @@ def encode(x, fmt, rounding="nearest_even", saturate=True, generator=None):
     # `units` includes the hidden 1, which adds 1 to the exponent field: emin gets field 1, subnormals 0.
     code = ((exponent - fmt.emin) << fmt.mantissa_bits) + units
     code = code.masked_fill(is_nan, (1 << (fmt.bits - 1)) - 1)
-    negative = value.signbit()
     if fmt.twos_complement:
-        code = torch.where(negative, -code, code) & 0xFF
-    else:
-        code = code + (negative.int() << (fmt.bits - 1))
-    return code.to(torch.uint8)
+        return (torch.where(value.signbit(), -code, code) & 0xFF).to(torch.uint8)
+    return (code + (value.signbit().int() << (fmt.bits - 1))).to(torch.uint8)
 
 
 def decode(codes, fmt):
