@@ -44,8 +44,7 @@ from functools import cache, partial
 import torch
 from torch.nn import functional as F
 
-from fp8_formats import (E4M3, E5M2, FORMATS, INT8, cast, floor_log2, format_of, pow2, round_to_format,
-                         uncast)
+from fp8_formats import E4M3, E5M2, FORMATS, INT8, cast, floor_log2, format_of, pow2, round_to_format, uncast
 
 try:
     import triton
@@ -57,6 +56,7 @@ except ImportError:  # macOS, Windows: all but the kernels still runs, in plain 
 ALL = -1               # a block that spans the whole axis
 MIN_SCALE = 2.0**-126  # smallest normal FP32: the scale of a block of zeros, so that 0 / scale = 0
 RULES = ("fp32", "floor", "up")   # by which a block gets its scale
+HELD_AS = {fmt: fmt.dtype or E4M3.dtype for fmt in FORMATS.values()} | {INT8: torch.int8}   # in Quantized
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -163,12 +163,7 @@ def to_grid(x, fmt, rounding="nearest_even"):
     if fmt.dtype and rounding == "nearest_even":
         return cast(x, fmt)
     x = round_to_format(x, fmt, rounding)
-    return (x / fmt.min_subnormal if fmt is INT8 else x).to(held_as(fmt))
-
-
-def held_as(fmt):
-    """Return the dtype that holds the numbers of a format in Quantized."""
-    return torch.int8 if fmt is INT8 else fmt.dtype or E4M3.dtype
+    return (x / fmt.min_subnormal if fmt is INT8 else x).to(HELD_AS[fmt])
 
 
 def stores_e8m0(block, rule):
@@ -196,18 +191,17 @@ class Recipe:
         for name in (self.act_format, self.weight_format, self.grad_format):
             check_name("format", name, FORMATS)
         check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
-        even, in_blocks = self.rounding == "nearest_even", self.act_block[0] == 1 and self.act_block[1] != ALL
+        even = self.rounding == "nearest_even"
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
-        if not (fp8 and even or in_blocks):
-            raise ValueError(f"recipe {self.name!r}: {self.act_format}, rounding {self.rounding}, blocks "
-                             f"{self.act_block}: what is not FP8, or not rounded to even, needs (1, n)")
-        if self.rule == "two-level" and (self.act_block != (1, 32) or not even):
-            raise ValueError(f"recipe {self.name!r}: two levels have blocks (1, 32), and are rounded to even")
+        this = (f"recipe {self.name!r}: {self.act_format}, blocks {self.act_block}, weights in "
+                f"{self.weight_format}, {self.weight_block}, rounding {self.rounding}")
+        if not (fp8 and even) and (self.act_block[0] != 1 or self.act_block[1] == ALL):
+            raise ValueError(f"{this}: what is not FP8, or not rounded to even, needs (1, n)")
+        if self.rule == "two-level" and not (self.act_block == (1, 32) and even):
+            raise ValueError(f"{this}: two levels have blocks (1, 32), and are rounded to even")
         one = self.weight_block == (ALL, ALL) and self.weight_format == "e4m3" and even
         if self.weight_scale != "block" and not one:
-            raise ValueError(f"recipe {self.name!r}: weights in {self.weight_format}, blocks "
-                             f"{self.weight_block}, rounding {self.rounding}: {self.weight_scale!r} is of "
-                             f"e4m3, blocks (ALL, ALL), rounded to even; else take weight_scale 'block'")
+            raise ValueError(f"{this}: {self.weight_scale!r} needs e4m3, (ALL, ALL), rounded to even")
 
     # of the two levels, a weight has the first
     weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)
@@ -235,11 +229,10 @@ def quantize_two_level(x, fmt=E4M3, global_scale=None):
     given number or tensor () or (1, 1). Any positive one will do, while FP32 can hold max|x| / s."""
     s = scale_from_amax(block_amax(x, (ALL, ALL)), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device).detach()
-    ss = scale_from_amax(block_amax(x, (1, 32)) / s, fmt, "up")
+    x = x.float() / s
     if global_scale is None:  # if s was rounded down, the largest s_i / s is above 1 by a hair: not ss = 2
-        ss = ss.clamp(max=1)
-    data = to_grid(x.float() / s / expand_blocks(ss, x.shape, (1, 32)), fmt)
-    return Quantized(data, ss.to(torch.float8_e8m0fnu), (1, 32), s)
+        x = x.clamp(-fmt.max, fmt.max)
+    return replace(quantize_reference(x, fmt, (1, 32), "up"), global_scale=s)
 
 
 def fold(q):
@@ -604,7 +597,7 @@ if HAS_TRITON:
             rows, cols, group, scale_rows = 16, 256, block[1], 1
             dtype = torch.float8_e8m0fnu if e8m0 else torch.float32
             scale = torch.empty(R, cdiv(C, group), device=x.device, dtype=dtype)
-        q = torch.empty(R, C, device=x.device, dtype=held_as(fmt))
+        q = torch.empty(R, C, device=x.device, dtype=HELD_AS[fmt])
         _quantize_kernel[(cdiv(R, rows), cdiv(C, cols))](
             x, q, scale.view(torch.uint8) if e8m0 else scale, R, C, *x.stride(), scale_rows, ROWS=rows,
             COLS=cols, GROUP=group, RULE=rule, AS_E8M0=e8m0, MAX=fmt.max, EMIN=fmt.emin,
