@@ -18,7 +18,6 @@ below, the kernel that computes a number also quantizes it, if it can. It saves 
 the inputs of the linear layers and [gate, up], in BF16 those of both halves, q, k, v and attention's output.
 """
 import json
-import os
 import shutil
 from dataclasses import dataclass, replace
 
@@ -513,13 +512,12 @@ def sum_of_all(x, ranks):
 class Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, there, back, ranks):
-        ctx.back = back, ranks
+        ctx.back = lambda dy: back(dy, ranks)
         return there(x, ranks)
 
     @staticmethod
     def backward(ctx, dy):
-        back, ranks = ctx.back
-        return back(dy, ranks), None, None, None
+        return ctx.back(dy), None, None, None
 
 
 def exchange(x, there, back, ranks):
@@ -634,12 +632,11 @@ class OutNormSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dz):
-        (x, norm_weight, *saved), block = ctx.saved_tensors, ctx.block
+        (x, norm_weight, *saved), block, c = ctx.saved_tensors, ctx.block, ctx.block.config
         y_q, x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4, 6))
         da, dw_down = linear_backward(quantize_norm(dz, "none"), a_q, block.down, x.dtype)
         dh_q = quantize_swiglu_gradient(h_q, da)                                      # (T, 2 ffn)
         dx, dw_gate_up = linear_backward(dh_q, x_q, block.gate_up, x.dtype)
-        c = block.config
         dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
         dy, dw_out = linear_backward(quantize_norm(dx, "none"), y_q, block.out, x.dtype)
         return dx, dy, d_norm, dw_out, dw_gate_up, dw_down, None
@@ -751,17 +748,16 @@ def config_of(folder):
         c = {**c, **(c[nested] if isinstance(c.get(nested), dict) else {})}
     architecture, = (c.get("architectures") or ["none"])[:1]
     check_name(f"{folder}/config.json: architecture", architecture, [*ARCHITECTURES])
-    if c.get("model_type", "?") not in ("?", architecture.removesuffix("ForCausalLM").lower()):
-        refuse(f"model_type = {c['model_type']}", f"the architecture is {architecture}")
     ours = {name: c[theirs] for name, theirs in FIELDS.items() if c.get(theirs) is not None}
     kinds = {"tied": (bool,), "rope_theta": (int, float), "norm_eps": (int, float)}
     for name in {"d", "layers", "heads", "ffn", "vocab", "seq", *ours}:
-        value, number = ours.get(name), name != "tied"
-        if type(value) not in kinds.get(name, (int,)) or number and not value > 0:
+        value = ours.get(name)
+        if type(value) not in kinds.get(name, (int,)) or name != "tied" and not value > 0:
             refuse(f"{FIELDS[name]} = {value}", "a positive number is needed, or to tie, true or false")
     ours["norm_eps"] = ours.get("norm_eps", 1e-6) if ARCHITECTURES[architecture] == "rms" else NORM_EPS
     config = ModelConfig(**ours, norm=ARCHITECTURES[architecture])
-    for name, value in {**COMPUTED, "head_dim": config.head_dim}.items():
+    kind = architecture.removesuffix("ForCausalLM").lower()
+    for name, value in {**COMPUTED, "head_dim": config.head_dim, "model_type": kind}.items():
         if c.get(name) not in (value, None):
             refuse(f"{name} = {c[name]}", f"model.py only computes {value}: take another model")
     window = c.get("sliding_window", 4096 if "Mistral" in architecture else None)
@@ -779,8 +775,7 @@ def config_for(config):
     c = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     return {**c, "num_key_value_heads": config.kv_heads or config.heads, "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(),
-            "torch_dtype": "bfloat16", "dtype": "bfloat16"}   # its name in transformers 4, and in 5
+            "architectures": [f"{name}ForCausalLM"], "model_type": name.lower()}
 
 
 def weights_by_name(model):
@@ -807,7 +802,7 @@ def load_weights(model, folder):
     if index.exists() and not (folder / files[0]).exists():
         where = read_json(index).get("weight_map")
         files = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
-        if not files or any(os.path.basename(file) != file for file in files):
+        if not files or any((folder / file).parent != folder for file in files):
             raise ValueError(f"{index}: its weight_map names no files of this folder: copy it again")
     for file in files:
         try:
@@ -835,22 +830,21 @@ def load_weights(model, folder):
 def save_folder(model, folder, init=None, tokenizer=None, part="5GB"):
     """Write `folder`: the weights in BF16, in files of at most `part`, config.json, and the tokenizer. What
     else belongs to the model in `init`, the folder that it began with, comes along. OSError if `folder` is
-    not empty, or if `folder`.tmp is there; ValueError if `init` has become another model's."""
+    not empty; ValueError if `folder`.tmp is there, or if `init` has become another model's."""
     from huggingface_hub import save_torch_state_dict
     weights = {name: weight.to("cpu", torch.bfloat16) for name, weight in weights_by_name(model).items()}
     config, unfinished = config_for(model.config), folder.with_name(folder.name + ".tmp")
     if folder.exists():
         folder.rmdir()
-    try:
-        unfinished.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(f"{unfinished} is there: an export was killed, or is at work; remove it") from None
+    if unfinished.exists():
+        raise ValueError(f"{unfinished} is there: an export was killed, or is at work; remove it")
+    unfinished.mkdir(parents=True)
     try:
         for path in {path for name in BESIDE for path in (init.glob(name) if init else ())}:
             shutil.copyfile(path, unfinished / path.name)
         if (unfinished / "config.json").exists():   # it may allow longer sequences than were trained here
-            config = {**config, **read_json(unfinished / "config.json"), "torch_dtype": "bfloat16",
-                      "dtype": "bfloat16"}
+            config |= read_json(unfinished / "config.json")
+        config |= {"torch_dtype": "bfloat16", "dtype": "bfloat16"}   # in transformers 4, and in 5
         (unfinished / "config.json").write_text(json.dumps(config, indent=1))
         written = replace(config_of(unfinished), seq=model.config.seq, kv_heads=model.config.kv_heads)
         if written != model.config:
@@ -870,14 +864,14 @@ def shares_lost(x, dy, recipe):
     """Return the shares of X (T, K) and ("_grad") of dY (T, N) that saturate, and that folding blocks of 32
     into a scale per token changes; and ("folded_wgrad") of FP8 dY, that the fold across tokens changes."""
     rows = x.any(1) & dy.any(1)   # one of both is zero where a row fills up those of an expert
-    x, dy, formats = x[rows], dy[rows], (FORMATS[recipe.act_format], FORMATS[recipe.grad_format])
-    x_q, dy_q = (quantize(z, fmt, recipe.act_block, recipe.rule) for z, fmt in zip((x, dy), formats))
-    fmt, saturated = formats[1], map(saturated_share, (x, dy), (x_q, dy_q), formats)
-    shares = dict(zip(("saturated", "saturated_grad"), saturated))
+    x, dy, x_fmt, dy_fmt = x[rows], dy[rows], FORMATS[recipe.act_format], FORMATS[recipe.grad_format]
+    x_q, dy_q = (quantize(z, fmt, recipe.act_block, recipe.rule) for z, fmt in ((x, x_fmt), (dy, dy_fmt)))
+    shares = {"saturated": saturated_share(x, x_q, x_fmt),
+              "saturated_grad": saturated_share(dy, dy_q, dy_fmt)}
     if recipe.act_block == (1, ALL):
         exact = uncast(dy_q.data) * wgrad_factor(dy_q, x_q)[0]
-        shares |= {"folded": fold_loss(x)[0], "folded_grad": fold_loss(dy, fmt)[0],
-                   "folded_wgrad": (uncast(cast(exact, fmt)) != exact).float().mean().nan_to_num()}
+        shares |= {"folded": fold_loss(x)[0], "folded_grad": fold_loss(dy, dy_fmt)[0],
+                   "folded_wgrad": (uncast(cast(exact, dy_fmt)) != exact).float().mean().nan_to_num()}
     return shares
 
 
