@@ -148,8 +148,7 @@ def scale_from_amax(amax, fmt, rule):
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
     """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
     C is the axis that will be summed over. For another axis, of n, pass x.movedim(axis, -1).reshape(-1, n).
-    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it. The
-    rule "two-level" is `quantize_two_level`."""
+    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it."""
     if rule == "two-level" and scale is None:
         return quantize_two_level(x, fmt)
     e8m0 = scale is None and stores_e8m0(block, rule)
@@ -193,15 +192,15 @@ class Recipe:
         check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
         even = self.rounding == "nearest_even"
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
-        this = (f"recipe {self.name!r}: {self.act_format}, blocks {self.act_block}, weights in "
-                f"{self.weight_format}, {self.weight_block}, rounding {self.rounding}")
+        this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format} in blocks {self.act_block}; "
+                f"weights {self.weight_format} in {self.weight_block}, {self.weight_scale}")
         if not (fp8 and even) and (self.act_block[0] != 1 or self.act_block[1] == ALL):
             raise ValueError(f"{this}: what is not FP8, or not rounded to even, needs (1, n)")
         if self.rule == "two-level" and not (self.act_block == (1, 32) and even):
             raise ValueError(f"{this}: two levels have blocks (1, 32), and are rounded to even")
         one = self.weight_block == (ALL, ALL) and self.weight_format == "e4m3" and even
         if self.weight_scale != "block" and not one:
-            raise ValueError(f"{this}: {self.weight_scale!r} needs e4m3, (ALL, ALL), rounded to even")
+            raise ValueError(f"{this}: weights need e4m3, (ALL, ALL), rounded to even, or 'block'")
 
     # of the two levels, a weight has the first
     weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)
@@ -274,9 +273,8 @@ def transpose(q, row_factor=None):
 
 def quantize_weight(weight, recipe, scale=None):
     """Quantize W (N outputs, K inputs): W for fprop, which sums over K, and W^T (K, N) for dgrad, over N. One
-    scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W once
-    for each. `scale` (1, 1), or (E, 1) for the weights of E experts one below the other, comes from
-    autoscale.py, for recipes that do not measure blocks."""
+    scale per tensor or per square block serves both. Blocks of 1 x 32 lie along the sum: `mx` rounds W twice.
+    Recipes that measure no blocks may get a `scale` (1, 1), or (E, 1) of E experts one below the other."""
     if scale is not None and recipe.weight_scale == "block":
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
     options = FORMATS[recipe.weight_format], recipe.weight_block, recipe.weight_rule, scale, recipe.rounding
@@ -372,8 +370,7 @@ def kernels_take(x, fmt=E4M3):
 
 
 def expect(name, x, shape, meaning, dtypes=FLOATS):
-    """Raise ValueError unless x has this shape, in which None is any size, and one of these dtypes. An
-    argument that is not given, None, is what is expected."""
+    """Raise ValueError unless x, if given, has this shape (None: any size) and one of these dtypes."""
     if x is not None and (x.dtype not in dtypes or x.dim() != len(shape) or any(
             size not in (None, n) for size, n in zip(shape, x.shape))):
         sizes = str(tuple(shape)).replace("None", "any")

@@ -794,8 +794,7 @@ def weights_by_name(model):
 
 @torch.no_grad()
 def load_weights(model, folder):
-    """Fill a model from the safetensors in `folder`, one tensor at a time. ValueError for a weight too many
-    or too few, one of another shape, and a damaged file."""
+    """Fill a model from the safetensors in `folder`, one tensor at a time. ValueError if they do not fit."""
     from safetensors import SafetensorError, safe_open
     weights, files, tied = weights_by_name(model), ["model.safetensors"], None
     index = folder / "model.safetensors.index.json"
