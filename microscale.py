@@ -192,7 +192,7 @@ class Recipe:
         check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
         even = self.rounding == "nearest_even"
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
-        this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format} in blocks {self.act_block}; "
+        this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format} in {self.act_block}, "
                 f"weights {self.weight_format} in {self.weight_block}, {self.weight_scale}")
         if not (fp8 and even) and (self.act_block[0] != 1 or self.act_block[1] == ALL):
             raise ValueError(f"{this}: what is not FP8, or not rounded to even, needs (1, n)")
@@ -200,7 +200,7 @@ class Recipe:
             raise ValueError(f"{this}: two levels have blocks (1, 32), and are rounded to even")
         one = self.weight_block == (ALL, ALL) and self.weight_format == "e4m3" and even
         if self.weight_scale != "block" and not one:
-            raise ValueError(f"{this}: weights need e4m3, (ALL, ALL), rounded to even, or 'block'")
+            raise ValueError(f"{this}: any weight_scale but 'block' needs e4m3, (ALL, ALL), rounded to even")
 
     # of the two levels, a weight has the first
     weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)

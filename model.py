@@ -60,10 +60,9 @@ class ModelConfig:
                 raise ValueError(f"{name} = {value} is not possible: it must be larger than 0")
         if not min(self.experts, 1) <= self.top_k <= self.experts:
             raise ValueError(f"top_k = {self.top_k} of {self.experts} experts: take 1 to all of them")
-        for name, divisor in (("d", 2 * self.heads), ("heads", self.kv_heads or self.heads)):
-            if divisor < 0 or getattr(self, name) % divisor:
-                raise ValueError(f"{name} = {getattr(self, name)} must be a multiple of {divisor}: choose "
-                                 f"another {name}, heads {self.heads} or kv_heads {self.kv_heads}")
+        if self.d % (2 * self.heads) or self.kv_heads < 0 or self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"d = {self.d}, heads = {self.heads}, kv_heads {self.kv_heads}: d has to be a "
+                             f"multiple of 2 heads, and heads of kv_heads")
 
     head_dim = property(lambda self: self.d // self.heads)
     kv_dim = property(lambda self: (self.kv_heads or self.heads) * self.head_dim)
