@@ -192,8 +192,8 @@ class Recipe:
         check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
         even = self.rounding == "nearest_even"
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
-        this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format} in {self.act_block}, "
-                f"weights {self.weight_format} in {self.weight_block}, {self.weight_scale}")
+        this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format}, {self.grad_format} in "
+                f"{self.act_block}, weights {self.weight_format} in {self.weight_block}, {self.weight_scale}")
         if not (fp8 and even) and (self.act_block[0] != 1 or self.act_block[1] == ALL):
             raise ValueError(f"{this}: what is not FP8, or not rounded to even, needs (1, n)")
         if self.rule == "two-level" and not (self.act_block == (1, 32) and even):
@@ -279,7 +279,7 @@ def quantize_weight(weight, recipe, scale=None):
         raise ValueError(f"recipe {recipe} measures a scale for every block of a weight: give none")
     options = FORMATS[recipe.weight_format], recipe.weight_block, recipe.weight_rule, scale, recipe.rounding
     w = quantize(weight, *options)
-    if scale is None and recipe.weight_block[0] != recipe.weight_block[1]:
+    if recipe.weight_block[0] != recipe.weight_block[1]:
         return w, quantize(weight.t(), *options)
     return w, transposed(w)
 
