@@ -268,10 +268,10 @@ def make_scales(model, optimizer, c):
 
 def requantize(run):
     """Make the FP8 copies of all weights anew, or of those that this rank owns."""
-    for i, layer in enumerate(run.model.linears()):
+    for layer in run.model.linears():
         if run.mine(layer.weight):
             before = layer.copies
-            layer.requantize(None if run.scales is None else run.scales.views[i])
+            layer.requantize(run.scale_of.get(layer.weight))
             keep_place(run, layer, before)
 
 
@@ -346,7 +346,7 @@ def replay(run, tokens, targets, count):
     """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel. It
     keeps addresses: it is recorded anew if a tensor that it uses has moved. What it launches has to be
     compiled before, so the first micro-batch that finds gradients to add to is not recorded."""
-    used = [p.grad for p in run.model.parameters() if p.requires_grad]
+    used = [p.grad for p in run.trained]
     used += [x for layer in run.model.linears() for q in layer.copies or () for x in (q.data, q.scale)]
     ready = all(x is not None for x in used)
     if not (ready and run.graph):
@@ -410,9 +410,9 @@ def train(c):
         return loop(run, log, Saver(run, writer))
 
 
-def gradient_norm(run, trained):
+def gradient_norm(run):
     """Return the norm of the gradients of all parameters, those of experts on other ranks as well."""
-    norm, of_spread = (get_total_norm([p.grad for p in trained if p.grad is not None and
+    norm, of_spread = (get_total_norm([p.grad for p in run.trained if p.grad is not None and
                                        (p in run.experts) == spread]) for spread in (False, True))
     return (norm.square() + all_reduce(of_spread.square())).sqrt() if run.experts else norm
 
@@ -420,7 +420,6 @@ def gradient_norm(run, trained):
 def loop(run, log, saver):
     """Train from run.progress.step to the last step. Return the summary, None if a signal ended the loop."""
     c, ranks, model, progress = run.c, run.ranks, run.model, run.progress
-    trained = [p for p in model.parameters() if p.requires_grad]
     tokens_per_step, first_step, in_a_row, stopping = c.accum * c.batch * c.seq, progress.step, 0, False
     started, last_step, last_time = time.perf_counter(), first_step, time.perf_counter()
     while progress.step < c.steps and not stopping:
@@ -431,7 +430,7 @@ def loop(run, log, saver):
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
         health = scale_health(run, *last_batch) if logging else {}
-        norm = gradient_norm(run, trained)
+        norm = gradient_norm(run)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
         shared = torch.stack((loss, loss.new_tensor(float(stop.received))))
         shared = all_reduce(torch.cat((shared, loads.flatten())))
@@ -442,7 +441,7 @@ def loop(run, log, saver):
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
         if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
-            clip_grads_with_norm_(trained, c.clip, norm)
+            clip_grads_with_norm_(run.trained, c.clip, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
             model.balance(loads)
         else:
@@ -462,8 +461,8 @@ def loop(run, log, saver):
         evaluating = step % c.eval_every == 0 or step == c.steps
         if evaluating:
             health["val_loss"] = evaluate(run)
-            check_same(run.scales and [view.tolist() for view, w in zip(run.scales.views, run.scales.weights)
-                                       if w not in run.experts], "weight scales: do all run the same code?")
+            check_same([scale.tolist() for w, scale in run.scale_of.items() if w not in run.experts],
+                       "weight scales: do all run the same code?")
         # While steps are skipped none is written. At the end one is: a finite loss says the weights are good.
         ending = (stopping or step == c.steps) and math.isfinite(loss)
         if ending or evaluating and not in_a_row:
@@ -578,8 +577,10 @@ def build(c, ranks, saved=None):
     run.mine = lambda p: not run.sharded or run.owner[p] == ranks.rank   # whether this rank steps p
     if run.sharded:
         drop_weights(run)
+    run.trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales, run.muon_bound = make_scales(run.model, run.optimizer, c), None
+    run.scale_of = dict(zip(run.scales.weights, run.scales.views)) if run.scales else {}   # by weight
     if run.scales and c.optimizer == "muon":   # the same at every step
         group, weights = run.optimizer.param_groups[0], run.scales.weights
         run.muon_bound = run.scales.scale.new_tensor([muon_step_bound(group, w.shape) for w in weights])
@@ -1035,23 +1036,18 @@ def drop_weights(run):
 def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
     which each rank makes W^T; all others in FP32."""
-    views = [view for view, w in zip(run.scales.views, run.scales.weights) if w in run.experts]
-    own = [view.clone() for view in views]
+    own = {w: run.scale_of[w].clone() for w in run.experts}
     all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
-    for view, scale in zip(views, own):
-        view.copy_(scale)
-    layers = {layer.weight: (layer, i) for i, layer in enumerate(run.model.linears()) if layer.recipe}
-    sent = []
+    for w, scale in own.items():
+        run.scale_of[w].copy_(scale)
+    layers = {layer.weight: layer for layer in run.model.linears() if layer.recipe}
     for p, owner in run.owner.items():
-        if p in run.experts:
-            continue
-        data = layers[p][0].copies[0].data if p in layers else p.data
-        sent.append((p, dist.broadcast(data.view(torch.uint8), owner, async_op=True)))
-    for p, work in sent:
-        work.wait()
-        if p in layers and not run.mine(p):
-            layer, i = layers[p]
-            w, before = replace(layer.copies[0], scale=run.scales.views[i].view(-1, 1)), layer.copies
+        if p not in run.experts:
+            data = layers[p].copies[0].data if p in layers else p.data
+            dist.broadcast(data.view(torch.uint8), owner)
+    for p, layer in layers.items():
+        if not run.mine(p):
+            w, before = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1)), layer.copies
             layer.set_copies((w, transposed(w)))
             keep_place(run, layer, before)
 
@@ -1096,7 +1092,8 @@ class Saver:
             torch.cuda.synchronize()   # the threads do not wait for the stream of this one
         with ThreadPoolExecutor(16) as pool:   # training waits: for 10 GB one thread takes 6 s, 16 take 0.7 s
             jobs = {name: {key: pool.submit(copy, x) for key, x in {
-                        "weight": p.data, **scale_of(run, p), **run.optimizer.state.get(p, {})}.items()}
+                        "weight": p.data, **({"scale": run.scale_of[p]} if p in run.scale_of else {}),
+                        **run.optimizer.state.get(p, {})}.items()}
                     for name, p in run.model.named_parameters() if run.owner[p] == run.ranks.rank}
         state = {name: {key: job.result() for key, job in kept.items()} for name, kept in jobs.items()}
         content = {"step": run.progress.step, "progress": dict(vars(run.progress)), "config": asdict(run.c),
@@ -1135,12 +1132,6 @@ class Saver:
         for old in checkpoints(self.out)[self.run.c.keep:]:   # what is half removed must not look whole
             attempt(old.rename, old.with_suffix(".tmp"))
             shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
-
-
-def scale_of(run, p):
-    """Return {"scale": that of a weight, or those of its experts}, {} if it has none."""
-    scales = dict(zip(run.scales.weights, run.scales.views)) if run.scales else {}
-    return {"scale": scales[p]} if p in scales else {}
 
 
 def write_file(path, state):
@@ -1202,8 +1193,8 @@ def restore(run, saved):
                 kept = {key: x.chunk(ranks.world)[ranks.rank] if x.dim() else x for key, x in kept.items()}
             p.copy_(kept.pop("weight"))
             scale = kept.pop("scale", None)
-            for own in scale_of(run, p).values() if same else ():
-                own.copy_(scale)
+            if same and p in run.scale_of:
+                run.scale_of[p].copy_(scale)
             if run.c.resume:
                 run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept.items()}
     if run.c.resume:
@@ -1369,7 +1360,6 @@ def bench(c):
         run, times = build(replace(c, fp8=fp8), ranks), []
         tokens = torch.randint(run.model.config.vocab, (2, c.batch, c.seq), device=device)
         run.batches = SimpleNamespace(step=lambda *_: tokens)
-        trained = [p for p in run.model.parameters() if p.requires_grad]
         before = memory()
         loss = run.model(*tokens)
         kept = memory() - before
@@ -1382,7 +1372,7 @@ def bench(c):
             forward_backward(run, step)
             wait()
             middle = time.perf_counter()
-            clip_grads_with_norm_(trained, c.clip, gradient_norm(run, trained))
+            clip_grads_with_norm_(run.trained, c.clip, gradient_norm(run))
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
@@ -1397,7 +1387,7 @@ def bench(c):
         if len(rows) == 1:
             print("recipe  ", *(f"{name:>13}" for name in row))
         print(f"{fp8:8}", *(f"{x:>13,.{0 if x > 1000 else 3}f}" for x in row.values()))
-        run = trained = None
+        run = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
 
