@@ -1187,10 +1187,9 @@ def restore(run, saved):
     for name, p in run.model.named_parameters():
         if run.mine(p):
             pieces = [part[name] for part in parts if name in part]   # several of experts that were spread
-            kept = {key: torch.cat([piece[key] for piece in pieces]) if len(pieces) > 1 and x.dim() else x
+            n, i = (ranks.world, ranks.rank) if p in run.experts else (1, 0)
+            kept = {key: torch.cat([piece[key] for piece in pieces]).chunk(n)[i] if x.dim() else x
                     for key, x in pieces[0].items()}
-            if p in run.experts:
-                kept = {key: x.chunk(ranks.world)[ranks.rank] if x.dim() else x for key, x in kept.items()}
             p.copy_(kept.pop("weight"))
             scale = kept.pop("scale", None)
             if same and p in run.scale_of:
@@ -1198,12 +1197,12 @@ def restore(run, saved):
             if run.c.resume:
                 run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept.items()}
     if run.c.resume:
-        same = saved.get("tokenizer", run.tokenizer_crc) == run.tokenizer_crc
-        need(same, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
+        was = saved.get("tokenizer", run.tokenizer_crc)
+        need(was == run.tokenizer_crc, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
-        minus_least = all_reduce(-run.scales.headroom().min(), dist.ReduceOp.MAX)   # of all ranks
-        if not same or minus_least > -1:
+        least = all_reduce(run.scales.headroom().min(), dist.ReduceOp.MIN)   # of all ranks
+        if not same or least < 1:
             run.scales.rescale()
 
 
