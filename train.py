@@ -162,10 +162,10 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         need(value != "", f"--{name} is empty: give it a value, or leave it out")
+        if name in ("data", "init", "tokenizer"):   # for --resume elsewhere
+            given[name] = os.path.abspath(value)
     config = Config(**given)
     config.given = given
-    for name in ("data", "init", "tokenizer"):   # for --resume elsewhere
-        setattr(config, name, getattr(config, name) and os.path.abspath(getattr(config, name)))
     return config
 
 
@@ -189,16 +189,14 @@ def resolve(c, device, world, saved=None):
     c.warmup = min(c.steps // 10, 2000) if c.warmup is None else c.warmup
     c.eval_every = min(max(c.steps // 5, 1), 250) if c.eval_every is None else c.eval_every
     for f in fields(c):
-        value, least, most = getattr(c, f.name), *f.metadata["limits"]
-        within = least is None or least <= value <= most
-        need(within, f"--{f.name} {value} must lie between {least} and {most}")
+        value, (low, high) = getattr(c, f.name), f.metadata["limits"]
+        need(low is None or low <= value <= high, f"--{f.name} {value} must lie between {low} and {high}")
     need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(not c.init or saved or (c.layers, max(c.seq, shape.seq)) == (shape.layers, shape.seq),
          f"--layers {c.layers}, --seq {c.seq}: {c.init} has {shape.layers}, and at most {shape.seq} tokens")
-    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0,
-         f"--batch {c.batch} x --seq {c.seq} = {c.batch * c.seq} tokens: FP8 sums over a multiple of 16, "
-         f"change --batch or --seq")
+    need(c.fp8 == "none" or c.batch * c.seq % 16 == 0, f"--batch {c.batch} x --seq {c.seq}: FP8 sums over a "
+         f"multiple of 16, not over {c.batch * c.seq} tokens: change --batch or --seq")
     n = c.expert_parallel
     need(n == 1 or n == world and shape.experts and shape.experts % n == c.eval_batches % n == 0,
          f"--expert_parallel {n}: there are {world} ranks, {shape.experts} experts and --eval_batches "
@@ -318,7 +316,7 @@ def forward_backward(run, step):
     c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
     loads = torch.zeros(c.layers, run.model.config.experts, device=ranks.device)
     mine = range(ranks.rank, c.accum, ranks.world)
-    for micro, upcoming in zip(mine, [*((step, micro) for micro in mine[1:]), (step + 1, mine[0])]):
+    for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
@@ -328,8 +326,8 @@ def forward_backward(run, step):
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
-        if ranks.device.type == "cuda":   # which is still busy: read ahead
-            run.batches.step(*upcoming, ranks.device)
+        if ranks.device.type == "cuda":   # which is still busy: read this rank's next micro-batch
+            run.batches.step(*divmod(step * c.accum + micro + ranks.world, c.accum), ranks.device)
     if run.experts:   # they have seen the tokens of all ranks, whose losses DDP averages
         torch._foreach_div_([p.grad for p in run.experts if p.grad is not None], ranks.world)
     return loss_sum, loads, (tokens, targets)
@@ -485,8 +483,7 @@ def loop(run, log, saver):
     summary = {"recipe": c.fp8, "numerics": numerics(c.fp8, ranks.device), "steps": step,
                "tokens": step * tokens_per_step, "train_loss": round(loss, 4),
                "val_loss": round(record["val_loss"], 4), "skipped_steps": progress.skipped,
-               **{key: round(value, 4) for key, value in bits_per_byte(run, record["val_loss"]).items()},
-               "time": str(timedelta(seconds=round(seconds))),
+               **bits_per_byte(run, record["val_loss"]), "time": str(timedelta(seconds=round(seconds))),
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -989,12 +986,12 @@ def check_same(thing, what):
 
 def exchanged(run):
     """Return in one line what experts that are spread over the ranks receive."""
-    c, n, d, gpu = run.c, run.ranks.world, run.model.config.d, run.ranks.device.type == "cuda"
-    plain, tokens = d * (2 if gpu else 4), 2 * c.layers * c.accum // n * (n - 1) * c.batch * c.seq
-    sent = d + 4 if run.model.blocks[0].fused else plain   # FP8 and a scale, forward and backward
+    c, n, d = run.c, run.ranks.world, run.model.config.d
+    tokens = 2 * c.layers * c.accum // n * (n - 1) * c.batch * c.seq   # of other ranks, forward and backward
+    plain = d * (2 if run.ranks.device.type == "cuda" else 4)   # bytes of one
+    sent = d + 4 if run.model.blocks[0].fused else plain        # FP8 and a scale
     return (f"experts {run.model.config.experts // n} of each layer on a rank. It receives, each step, "
-            f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients (unquantized they would be "
-            f"{tokens * plain / 1e6:,.1f}) and {tokens * plain / 1e6:,.1f} MB of sums")
+            f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients, {tokens * plain / 1e6:,.1f} MB of sums")
 
 
 def data_parallel(model, device, experts=()):
@@ -1242,9 +1239,8 @@ def run_folder(c, ranks, step):
     out = Path(c.out).resolve()   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
-        if c.tensorboard:
-            with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder, "
-                         f"or needs pip install tensorboard"):
+        with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder"):
+            if c.tensorboard:
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
                 from torch.utils.tensorboard import SummaryWriter
         with blaming(f"--out {c.out} cannot be written, choose another folder"):
@@ -1309,8 +1305,8 @@ def report(c):
             calibrate(run.model, run.batches.load(map(run.batches.start, windows), ranks.device)[0])
         loss = evaluate(run, gradient=len(recipes) > 1)
         line = f"{saved['path'] if saved else c.init}  {fp8:8}  {numerics(fp8, ranks.device)}  "
-        line += "  ".join(f"{name} {value:.4f}" for name, value in {"validation loss": loss,
-                                                                    **bits_per_byte(run, loss)}.items())
+        results = {"validation loss": loss, **bits_per_byte(run, loss)}
+        line += "  ".join(f"{name} {value:.4f}" for name, value in results.items())
         if len(recipes) > 1:
             gradient = [p.grad for p in run.model.parameters() if p.grad is not None]
             first = first or gradient
@@ -1323,27 +1319,26 @@ def report(c):
 
 def bits_per_byte(run, loss):
     """Return {"bits per byte": of a loss in nats per token}, {} where the data are no text."""
-    tokens = run.val_batches.tokens
-    return {"bits per byte": loss / math.log(2) * len(tokens) / tokens.bytes} if tokens.bytes else {}
+    size, count = run.val_batches.tokens.bytes, len(run.val_batches.tokens)
+    return {"bits per byte": round(loss / math.log(2) * count / size, 4)} if size else {}
 
 
 def plot_runs(c):
     """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c, and
     as a broken line the largest load of a mixture's experts over their mean."""
     folders = [Path(folder) for folder in c.out.split(",")]
-    with picture(c.plot, yscale="log", xlabel="step", ylabel="loss, nats/token; dots: validation") as axes:
+    label = "loss, nats/token; dots: validation; broken: load of experts"
+    with picture(c.plot, yscale="log", xlabel="step", ylabel=label) as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
             records = [record for _, record in read_log(folder / "log.jsonl")
                        if isinstance(record.get("loss"), (int, float))]
             need(records, f"--plot: {folder} has no log to draw: give the folders of runs as --out a,b")
-            steps, losses, val_losses = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss"))
-            line, = axes.plot(steps, losses, label=folder.name, lw=1 + 2 * behind)
-            axes.plot(steps, val_losses, "o", ms=4 + 3 * behind, color=line.get_color())
-            if "load" in records[0]:
-                axes.plot(steps, [r.get("load") for r in records], "--", lw=1, color=line.get_color())
-                axes.set_ylabel("loss, nats/token; dots: validation; broken: load")
+            steps, *values = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss", "load"))
+            line, = axes.plot(steps, values[0], label=folder.name, lw=1 + 2 * behind)
+            axes.plot(steps, values[1], "o", ms=4 + 3 * behind, color=line.get_color())
+            axes.plot(steps, values[2], "--", lw=1, color=line.get_color())
 
 
 def bench(c):
