@@ -275,7 +275,7 @@ def requantize(run):
 
 def keep_place(run, layer, before):
     """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
-    if run.graph and before:
+    if run.c.graph and before:
         for place, new in zip(before, layer.copies):
             place.data.copy_(new.data)
             place.scale.copy_(new.scale)
@@ -342,19 +342,15 @@ def micro_batch(run, tokens, targets, count):
 
 def replay(run, tokens, targets, count):
     """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel. It
-    keeps addresses: it is recorded anew if a tensor that it uses has moved. What it launches has to be
-    compiled before, so the first micro-batch that finds gradients to add to is not recorded."""
+    keeps addresses, so it is recorded when all tensors that it uses are where they were in the micro-batch
+    before, which has also compiled what it launches."""
     used = [p.grad for p in run.trained]
     used += [x for layer in run.model.linears() for q in layer.copies or () for x in (q.data, q.scale)]
-    ready = all(x is not None for x in used)
-    if not (ready and run.graph):
-        run.graph = SimpleNamespace(addresses=None) if ready else None
-        return micro_batch(run, tokens, targets, count)
-    addresses = [x.data_ptr() for x in used]
-    if run.graph.addresses != addresses:
+    before, run.addresses = run.addresses, [None if x is None else x.data_ptr() for x in used]
+    if None in run.addresses or run.addresses != before:
         run.graph = None   # and its memory
-        run.graph = record(run, tokens.clone(), targets.clone(), count)
-        run.graph.addresses = addresses
+        return micro_batch(run, tokens, targets, count)
+    run.graph = run.graph or record(run, tokens.clone(), targets.clone(), count)
     run.graph.tokens.copy_(tokens)
     run.graph.targets.copy_(targets)
     run.graph.replay()
@@ -430,8 +426,7 @@ def loop(run, log, saver):
         health = scale_health(run, *last_batch) if logging else {}
         norm = gradient_norm(run)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
-        shared = torch.stack((loss, loss.new_tensor(float(stop.received))))
-        shared = all_reduce(torch.cat((shared, loads.flatten())))
+        shared = all_reduce(torch.cat((loss.view(1), loss.new_tensor([stop.received]), loads.flatten())))
         loss, stopping, norm_value = torch.cat((shared[:2], norm.view(1))).tolist()
         loads = shared[2:].view_as(loads)
 
@@ -544,7 +539,7 @@ def build(c, ranks, saved=None):
     check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None, graph=None)
-    run.tokenizer_crc = None
+    run.tokenizer_crc = run.addresses = None
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
     is_text = parts and parts[0].dtype == np.uint8
     if c.tokenizer and not c.bench and not c.export:
@@ -799,8 +794,7 @@ def open_tokenizer(path):
 
 
 def token_cache(files, tokenizer, folder):
-    """Return where the tokens of text are or will be: a name that a checksum gives to the tokenizer and the
-    names, sizes and times of `files`, of (path, offset, bytes)."""
+    """Return where tokens of `files`, (path, offset, bytes), are kept: elsewhere when one of them changes."""
     stats = [(str(path), offset, count, os.stat(path).st_size, os.stat(path).st_mtime_ns)
              for path, offset, count in files]
     about = json.dumps([stats, tokenizer.to_str()]).encode()
@@ -1020,14 +1014,13 @@ def owners(model, world):
 
 
 def drop_weights(run):
-    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape, and have
-    copies of zeros, which `share` overwrites."""
+    """Leave the FP32 numbers of each quantized weight to its owner alone. The others keep its shape."""
     need(run.ranks.world <= len(run.owner), f"--shard: {run.ranks.world} ranks are more than the "
          f"{len(run.owner)} parameters to own: use fewer ranks, or leave --shard out")
     for layer in run.model.linears():
         if layer.recipe and not run.mine(layer.weight):
             layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
-            layer.requantize()
+            layer.requantize()   # copies of zeros: `share` overwrites them
 
 
 def share(run):
@@ -1324,8 +1317,7 @@ def bits_per_byte(run, loss):
 
 
 def plot_runs(c):
-    """Draw training losses as lines, validation losses as dots, of the runs in the folders --out a,b,c, and
-    as a broken line the largest load of a mixture's experts over their mean."""
+    """Draw losses, and the largest load of experts over their mean, of runs in the folders --out a,b,c."""
     folders = [Path(folder) for folder in c.out.split(",")]
     label = "loss, nats/token; dots: validation; broken: load of experts"
     with picture(c.plot, yscale="log", xlabel="step", ylabel=label) as axes:
