@@ -653,7 +653,7 @@ def mfu(model, tokens_per_s, device):
     return {"mfu": round(tokens_per_s * flops_per_token(model) / peak, 4)} if peak else {}
 
 
-def sample(run, prompt=None, count=200):
+def sample(run, prompt=None):
     """Return what the model writes after `prompt`: "def ", or the first 16 tokens of the validation data."""
     vocab, device = run.model.config.vocab, run.ranks.device
     tokens = run.val_batches and run.val_batches.tokens
@@ -670,7 +670,7 @@ def sample(run, prompt=None, count=200):
     need(ids and all(0 <= i < vocab for i in ids),
          f"--sample {prompt}: this model reads token ids below {vocab}, give some of them")
     generator = torch.Generator(device).manual_seed(run.c.seed)
-    written = run.model.generate(torch.tensor([ids], device=device), count, generator=generator)[0].tolist()
+    written = run.model.generate(torch.tensor([ids], device=device), 200, generator=generator)[0].tolist()
     if run.tokenizer:
         return run.tokenizer.decode(written)
     return bytes(written).decode("utf-8", "replace") if is_text else " ".join(map(str, written))
@@ -795,8 +795,7 @@ def open_tokenizer(path):
 
 def token_cache(files, tokenizer, folder):
     """Return where tokens of `files`, (path, offset, bytes), are kept: elsewhere when one of them changes."""
-    stats = [(str(path), offset, count, os.stat(path).st_size, os.stat(path).st_mtime_ns)
-             for path, offset, count in files]
+    stats = [(str(path), *part, path.stat().st_size, path.stat().st_mtime_ns) for path, *part in files]
     about = json.dumps([stats, tokenizer.to_str()]).encode()
     return Path(folder) / f"{hashlib.sha256(about).hexdigest()[:20]}.u32"
 
@@ -1026,15 +1025,13 @@ def drop_weights(run):
 def share(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
     which each rank makes W^T; all others in FP32."""
-    own = {w: run.scale_of[w].clone() for w in run.experts}
-    all_reduce(run.scales.scale, dist.ReduceOp.MAX)   # weights of other ranks look like zeros when measured
-    for w, scale in own.items():
-        run.scale_of[w].copy_(scale)
     layers = {layer.weight: layer for layer in run.model.linears() if layer.recipe}
     for p, owner in run.owner.items():
         if p not in run.experts:
             data = layers[p].copies[0].data if p in layers else p.data
             dist.broadcast(data.view(torch.uint8), owner)
+            if p in layers:   # on other ranks the weight looks like zeros when it is measured
+                dist.broadcast(run.scale_of[p], owner)
     for p, layer in layers.items():
         if not run.mine(p):
             w, before = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1)), layer.copies
