@@ -12,8 +12,7 @@ Train a language model in FP8.
         train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
 
 Runs that differ in `--fp8` alone see the same data in the same order from the same initial weights. With the
-same `--accum`, so do runs on any number of GPUs. Reading order: the options; what FP8 adds to training; the
-loop; what it needs (start-up, what is watched, data, ranks, the run's folder); what else there is.
+same `--accum`, so do runs on any number of GPUs. Below: options; what FP8 adds; the loop; what it needs.
 """
 import argparse
 import gc
@@ -809,8 +808,7 @@ def pieces(files):
                 piece = file.read(min(count, 1 << 20))
                 piece += file.readline(count - len(piece))
                 count -= len(piece)
-                if not piece:
-                    raise OSError(f"{path} has become shorter: begin again")
+                need(piece, f"{path} has become shorter: begin again", OSError)
                 ends = not count and file.tell() == os.stat(path).st_size   # validation may begin within it
                 yield piece.decode("utf-8", "replace"), len(piece), ends
 
@@ -819,8 +817,7 @@ def write_tokens(path, files, tokenizer, dtype, say):
     """Write tokens of text, encoded on all cores, to `path`; after each file that of the end of a text."""
     ends = [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]
     end = [i for i in ends if i is not None][:1]
-    if not end:
-        raise ValueError("the tokenizer has no token for the end of a text, such as <|endoftext|> or </s>")
+    need(end, "the tokenizer has no token for the end of a text, like <|endoftext|> or </s>", ValueError)
     stream, done, total, begin = pieces(files), 0, sum(count for *_, count in files), time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
@@ -944,8 +941,7 @@ def start_ranks(name):
     gpu, count = device.type == "cuda", torch.cuda.device_count()
     need(not gpu or device.index < count, f"--device {name}: {device} is not one of {count} GPUs here: use "
                                           f"--device cpu or start fewer ranks")
-    if gpu:
-        torch.cuda.set_device(device)
+    torch.get_device_module(device).set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     try:
@@ -1075,8 +1071,7 @@ class Saver:
             return torch.empty(x.shape, dtype=x.dtype).zero_().copy_(x)
         self.finish()
         run = self.run
-        if run.ranks.device.type == "cuda":
-            torch.cuda.synchronize()   # the threads do not wait for the stream of this one
+        torch.get_device_module(run.ranks.device).synchronize()   # threads do not wait for this one's stream
         with ThreadPoolExecutor(16) as pool:   # training waits: for 10 GB one thread takes 6 s, 16 take 0.7 s
             jobs = {name: {key: pool.submit(copy, x) for key, x in {
                         "weight": p.data, **({"scale": run.scale_of[p]} if p in run.scale_of else {}),
@@ -1101,8 +1096,7 @@ class Saver:
         parts = gather(attempt(write_file, folder / f"rank_{ranks.rank}.pt", state), self.group)
         error = next((error for _, error in parts if error), None)
         if not error and ranks.rank == 0:
-            files = dict(part for part, _ in parts)
-            _, error = attempt(self.commit, folder, {**content, "files": files})
+            _, error = attempt(self.commit, folder, {**content, "files": dict(part for part, _ in parts)})
         if error and ranks.rank == 0:
             ranks.say(f"warning: the checkpoint of step {content['step']} could not be written ({error}): "
                       f"make room in {self.out}; {last_good(self.out)}")
