@@ -840,11 +840,9 @@ def encode(text, run):
         error = ""
         if not path.exists():
             error = attempt(write_tokens, path, text.files, run.tokenizer, dtype, ranks.say)[1] or ""
-        if ranks.store:
-            ranks.store.set(path.name, error)
-    else:   # a collective would not wait for hours
-        ranks.store.wait([path.name], timedelta(days=7))
-        error = ranks.store.get(path.name).decode()
+        ranks.store.set(path.name, error)
+    ranks.store.wait([path.name], timedelta(days=7))   # a collective would not wait for hours
+    error = ranks.store.get(path.name).decode()
     need(not error, f"--tokenizer {run.c.tokenizer}: {path} cannot be written: {error}")
     return Tokens([(path, 0, path.stat().st_size // dtype.itemsize)], dtype, text.bytes)
 
@@ -920,7 +918,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    store: object = None   # what all ranks can read, with torchrun
+    store: object = None   # what all ranks can read
 
     def say(self, text):
         """Print on rank 0. Output that cannot be written does not end a run."""
@@ -943,7 +941,7 @@ def start_ranks(name):
                                           f"--device cpu or start fewer ranks")
     torch.get_device_module(device).set_device(device)
     if "RANK" not in os.environ:
-        return Ranks(0, 1, device)
+        return Ranks(0, 1, device, dist.HashStore())
     try:
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
