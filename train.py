@@ -1308,7 +1308,7 @@ def bits_per_byte(run, loss):
 def plot_runs(c):
     """Draw losses, and the largest load of experts over their mean, of runs in the folders --out a,b,c."""
     folders = [Path(folder) for folder in c.out.split(",")]
-    label = "loss, nats/token; dots: validation; broken: load of experts"
+    label = "loss, nats/token; dots: validation; broken: load"
     with picture(c.plot, yscale="log", xlabel="step", ylabel=label) as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
