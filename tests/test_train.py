@@ -511,6 +511,21 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
     assert contents(out) == before if error and options else read_log(out)[-1]["scale_ratio_min"] >= 1
 
 
+def test_a_run_that_goes_on_under_another_recipe_measures_its_scales(tiny, out, monkeypatch):
+    run(tiny("--fp8 tensor"))
+    before_training = train.make_model
+
+    def with_large_weights(*arguments):
+        net = before_training(*arguments)
+        for p in net.parameters():
+            p.data.mul_(4)   # so that scales that are not measured again would be too large, not too small
+        return net
+    monkeypatch.setattr(train, "make_model", with_large_weights)
+    c = train.parse_config(go_on(out, "--resume --fp8 moss --steps 5"))
+    scales = train.build(c, *train.start(c)).scales
+    assert torch.equal(scales.scale, scales.true_scale())
+
+
 def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
     loads = []
     for rank in range(4):
