@@ -978,7 +978,7 @@ def exchanged(run):
     plain = d * (2 if run.ranks.device.type == "cuda" else 4)   # bytes of one
     sent = d + 4 if run.model.blocks[0].fused else plain        # FP8 and a scale
     return (f"experts {run.model.config.experts // n} of each layer on a rank. It receives, each step, "
-            f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients ({tokens * plain / 1e6:,.1f} unquantized) "
+            f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients (not in FP8 {tokens * plain / 1e6:,.1f}) "
             f"and {tokens * plain / 1e6:,.1f} MB of sums")
 
 
