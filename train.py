@@ -1163,19 +1163,22 @@ def restore(run, saved):
              f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]   # weights_only: no code of a file's is run
-    ranks, same = run.ranks, saved["config"]["fp8"] == run.c.fp8
+    parts = [part.get("parameters", part) for part in parts]   # a version before kept the scales elsewhere
+    same = saved["config"]["fp8"] == run.c.fp8 and any("scale" in x for part in parts for x in part.values())
+
+    def own(p, name, key):
+        """Return an entry of p: of all pieces, if experts were spread; this rank's share, if they are now."""
+        pieces = [part[name][key] for part in parts if name in part]
+        n, i = (run.ranks.world, run.ranks.rank) if p in run.experts else (1, 0)
+        return torch.cat(pieces).chunk(n)[i] if pieces[0].dim() else pieces[0]
     for name, p in run.model.named_parameters():
         if run.mine(p):
-            pieces = [part[name] for part in parts if name in part]   # several of experts that were spread
-            n, i = (ranks.world, ranks.rank) if p in run.experts else (1, 0)
-            kept = {key: torch.cat([piece[key] for piece in pieces]).chunk(n)[i] if x.dim() else x
-                    for key, x in pieces[0].items()}
-            p.copy_(kept.pop("weight"))
-            scale = kept.pop("scale", None)
+            p.copy_(own(p, name, "weight"))
             if same and p in run.scale_of:
-                run.scale_of[p].copy_(scale)
+                run.scale_of[p].copy_(own(p, name, "scale"))
             if run.c.resume:
-                run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept.items()}
+                keys = next(part[name] for part in parts if name in part).keys() - {"weight", "scale"}
+                run.optimizer.state[p] = {key: own(p, name, key).to(p.device, copy=True) for key in keys}
     if run.c.resume:
         was = saved.get("tokenizer", run.tokenizer_crc)
         need(was == run.tokenizer_crc, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
