@@ -64,9 +64,10 @@ def texts(tmp_path):
     return path
 
 
-def change_config(folder, **values):
+def change_config(folder, *without, **values):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    c = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({name: value for name, value in c.items() if name not in without}))
 
 
 def tensors_of(folder):
@@ -191,18 +192,13 @@ def test_what_the_model_does_not_compute_is_refused_by_name(change, message, fol
 def test_a_window_shorter_than_the_sequence_bounds_it(folder):
     change_config(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=32)
     assert m.config_of(folder).seq == 32
-    c = json.loads((folder / "config.json").read_text())
-    del c["sliding_window"]   # then it is 4096
-    (folder / "config.json").write_text(json.dumps({**c, "max_position_embeddings": 6000}))
+    change_config(folder, "sliding_window", max_position_embeddings=6000)   # then the window is 4096
     assert m.config_of(folder).seq == 4096
 
 
 def test_what_a_config_does_not_say_is_as_in_transformers(folder):
-    c = json.loads((folder / "config.json").read_text())
-    for name in ("rms_norm_eps", "rope_theta", "rope_parameters", "num_key_value_heads"):
-        del c[name]
-    del c["tie_word_embeddings"]
-    (folder / "config.json").write_text(json.dumps(c))
+    change_config(folder, "rms_norm_eps", "rope_theta", "rope_parameters", "num_key_value_heads",
+                  "tie_word_embeddings")
     config = m.config_of(folder)
     assert (config.norm_eps, config.rope_theta, config.tied, config.kv_heads) == (1e-6, 1e4, False, 0)
     change_config(folder, architectures=["OlmoForCausalLM"], model_type="olmo", rms_norm_eps=1e-3)
@@ -314,18 +310,13 @@ def begin(*argv):
     return train.build(c, *train.start(c))
 
 
-@pytest.fixture
-def short_sample(monkeypatch):
-    generate = Transformer.generate
-    monkeypatch.setattr(Transformer, "generate", lambda *args, **kw: generate(*args[:2], 8, **kw))
-
-
-def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path, short_sample, capsys):
-    out, exported = tmp_path / "out", tmp_path / "tuned"
+def test_a_model_is_tuned_resumed_and_written_for_others(folder, texts, tmp_path, monkeypatch, capsys):
+    out, exported, generate = tmp_path / "out", tmp_path / "tuned", Transformer.generate
+    monkeypatch.setattr(Transformer, "generate", lambda *args, **kw: generate(*args[:2], 8, **kw))   # short
     change_config(folder, eos_token_id=0)
     assert run("--init", folder, "--data", texts, "--out", out, *TUNE) == 0
     assert "tokenized" in capsys.readouterr().out
-    whole = {name: x for name, x in torch.load(out / "step_00000004/rank_0.pt").items()}
+    whole = torch.load(out / "step_00000004/rank_0.pt")
     (out / "step_00000004").rename(tmp_path / "aside")
     (folder / "model.safetensors").rename(tmp_path / "gone")   # a checkpoint needs the folder no more
     assert run("--resume", "--out", out) == 0
