@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fp8_formats
+from conftest import for_devices
 from fp8_formats import E2M1, E2M3, E3M2, E4M3, E5M2, INT8
 from fp8_formats import cast, decode, encode, floor_log2, grid, pow2, round_to_format, uncast
 
@@ -18,8 +19,6 @@ ALL = list(fp8_formats.FORMATS.values())
 FP8 = [E4M3, E5M2]
 OTHERS = [fmt for fmt in ALL if fmt not in FP8]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-for_devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
 def for_formats(formats):
@@ -368,23 +367,3 @@ def test_plot_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes `import matplotlib` fail
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         fp8_formats.plot_errors("unused.png")
-
-
-def test_rounding_takes_no_part_in_a_gradient():
-    x = torch.randn(9, requires_grad=True)
-    made = round_to_format(x, INT8), cast(x, E5M2), uncast(cast(x, E4M3)), decode(encode(x, E4M3), E4M3)
-    assert not any(values.requires_grad for values in made)
-
-
-def test_default_device_and_dtype_change_nothing_on_a_cpu(request):
-    def run():
-        q = torch.tensor([1.5, -0.0, 3e-3, float("nan")], device="cpu", dtype=torch.float32).to(E4M3.dtype)
-        error = torch.tensor(fp8_formats.relative_error(E4M3, 3), device="cpu", dtype=torch.float32)
-        return grid(E5M2), uncast(q), decode(q.view(torch.uint8), E4M3), error
-    expected = run()
-    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    torch.set_default_dtype(torch.float64)
-    with torch.device("meta"):
-        made = run()
-    for actual, other in zip(made, expected, strict=True):
-        assert_same(actual, other)
