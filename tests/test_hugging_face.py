@@ -256,28 +256,19 @@ def test_a_folder_with_other_weights_is_refused_and_the_weight_is_named(how, mes
 # ---------------------------------------------------------------------------------------------------
 # Text
 
-def test_text_becomes_the_tokenizers_tokens_and_each_file_ends_with_that_of_its_end(texts, tmp_path):
-    tokenizer = tokenizer_file(tmp_path / "tokenizer.json")
-    long = TEXT * 40_000   # is encoded in pieces that end with a line
-    (texts / "2.txt").write_text(long)
-    files = [(path, 0, path.stat().st_size) for path in sorted(texts.iterdir())]
-    assert len(list(train.pieces(files))) == 5
-    train.write_tokens(tmp_path / "tokens.bin", files, tokenizer, np.dtype(np.uint32), lambda text: None)
-    ids = np.fromfile(tmp_path / "tokens.bin", np.uint32)
-    expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
-    assert ids.tolist() == expected and tokenizer.token_to_id("<|endoftext|>") == 0
-
-
-def test_a_tokenizer_that_cuts_and_fills_texts_up_does_not_here(texts, tmp_path):
+def test_text_becomes_all_of_the_tokenizers_tokens_and_each_file_ends_with_that_of_its_end(texts, tmp_path):
     tokenizer = tokenizer_file(tmp_path / "t.json")
-    tokenizer.enable_truncation(8)
+    (texts / "2.txt").write_text(TEXT * 40_000)   # is encoded in pieces that end with a line
+    expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
+    tokenizer.enable_truncation(8)   # it may cut texts and fill them up elsewhere, but not here
     tokenizer.enable_padding(length=5000)
     tokenizer.save(str(tmp_path / "t.json"))
-    files = [(texts / "0.txt", 0, (texts / "0.txt").stat().st_size)]
+    files = [(path, 0, path.stat().st_size) for path in sorted(texts.iterdir())]
+    assert len(list(train.pieces(files))) == 5
     tokenizer = train.open_tokenizer(tmp_path / "t.json")
-    train.write_tokens(tmp_path / "x.u32", files, tokenizer, np.uint32, lambda text: None)
-    written = np.fromfile(tmp_path / "x.u32", np.uint32)[:-1].tolist()
-    assert tokenizer.decode(written) == (texts / "0.txt").read_text()
+    train.write_tokens(tmp_path / "tokens.bin", files, tokenizer, np.dtype(np.uint32), lambda text: None)
+    assert np.fromfile(tmp_path / "tokens.bin", np.uint32).tolist() == expected
 
 
 def test_a_file_that_becomes_shorter_ends_in_an_error_and_part_of_one_in_no_end_of_text(texts):
