@@ -262,7 +262,7 @@ def test_text_becomes_all_of_the_tokenizers_tokens_and_each_file_ends_with_that_
     expected = sum((tokenizer.encode(path.read_text()).ids + [0] for path in sorted(texts.iterdir())), [])
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     tokenizer.enable_truncation(8)   # it may cut texts and fill them up elsewhere, but not here
-    tokenizer.enable_padding(length=5000)
+    tokenizer.enable_padding(length=10**6)
     tokenizer.save(str(tmp_path / "t.json"))
     files = [(path, 0, path.stat().st_size) for path in sorted(texts.iterdir())]
     assert len(list(train.pieces(files))) == 5
