@@ -15,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 import autoscale
 from autoscale import (MIN_SCALE, FP8AdamW, WeightScales, adam_update_bound, adamw_update, check_optimizer,
                        geometric_sum, muon_step_bound, worst_case_gradients)
-from conftest import DEVICE
+from conftest import DEVICE, for_devices, let_kernels_run, needs_triton
 from fp8_formats import E4M3, cast
 from microscale import RECIPES, quantize_weight
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 for_betas = pytest.mark.parametrize("betas", BETAS, ids=str)
 for_bounded_betas = pytest.mark.parametrize("betas", BETAS[:3], ids=str)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-for_devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
 def ragged_weights(device="cpu"):
@@ -300,9 +299,6 @@ def test_the_tables_show_what_they_claim(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The optimizer that writes FP8 weights
-
-# ---------------------------------------------------------------------------------------------------
 # Muon
 
 Muon = getattr(torch.optim, "Muon", None)
@@ -383,32 +379,41 @@ def test_scales_of_many_weights_take_a_bound_for_each():
 # FP8AdamW
 
 SETTINGS = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-for_shapes = pytest.mark.parametrize("shape", [(16, 32), (128, 64), (130, 33), (1, 1), (300, 17)], ids=str)
+for_shapes = pytest.mark.parametrize("experts, shape", [
+    (1, (16, 32)), (1, (128, 64)), (1, (130, 33)), (1, (1, 1)), (1, (300, 17)), (4, (160, 72))], ids=str)
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """FP8AdamW uses its kernel on every device: on a CPU in Triton's interpreter."""
+def with_kernel(monkeypatch):
+    """FP8AdamW uses its kernel on every device."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: True)
+    let_kernels_run(True, monkeypatch)
 
 
 def bits(x):
     return x.view(torch.uint8)
 
 
-def adamw_state(shape, device):
-    """p, g, m, v of a weight in the middle of training, and room for its FP8 copies."""
+def adamw_state(shape, experts, device):
+    """p, g, m, v of a weight in the middle of training, room for its FP8 copies, and a scale for each expert
+    that is too small: large weights saturate, none turns NaN."""
     torch.manual_seed(0)
     p, g, m = (factor * torch.randn(shape, device=device) for factor in (0.02, 1.0, 0.1))
     w, w_t = (torch.empty(s, device=device).to(E4M3.dtype) for s in (shape, shape[::-1]))
-    return p, g, m, torch.rand(shape, device=device) ** 4, w, w_t
+    scale = p.view(experts, -1).abs().amax(dim=1, keepdim=True) / 448 * 0.9
+    return p, g, m, torch.rand(shape, device=device) ** 4, w, w_t, scale
+
+
+def assert_copies(p, w, w_t, scale):
+    """The FP8 numbers are those of p, each under the scale of its expert."""
+    each = scale.repeat_interleave(len(p) // len(scale), dim=0)
+    assert torch.equal(bits(w), bits(cast(p * (1 / each), E4M3))) and torch.equal(bits(w_t), bits(w).t())
 
 
 @for_shapes
-def test_reference_step_is_that_of_torch_adamw(shape):
-    p, g, m, v, w, w_t = adamw_state(shape, "cpu")
-    theirs, scale = torch.nn.Parameter(p.clone()), torch.tensor([[1e-4]])
+def test_reference_step_is_that_of_torch_adamw(experts, shape):
+    p, g, m, v, w, w_t, scale = adamw_state(shape, experts, "cpu")
+    theirs = torch.nn.Parameter(p.clone())
     optimizer = AdamW([theirs], **SETTINGS)
     state = {"step": torch.tensor(6.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
     theirs.grad, optimizer.state[theirs] = g.clone(), state
@@ -417,20 +422,19 @@ def test_reference_step_is_that_of_torch_adamw(shape):
         autoscale.adamw_reference(p, g, m, v, w, w_t, scale, **SETTINGS, step=7)
     for ours, other in (p, theirs.detach()), (m, state["exp_avg"]), (v, state["exp_avg_sq"]):
         assert torch.equal(ours, other)
-    assert torch.equal(bits(w), bits(cast(p * (1 / scale), E4M3)))
+    assert_copies(p, w, w_t, scale)
 
 
+@needs_triton
 @for_shapes
-def test_kernel_equals_the_reference_to_rounding_and_writes_the_fp8_numbers_of_its_weight(kernels, shape):
-    ours, reference = adamw_state(shape, DEVICE), adamw_state(shape, DEVICE)
-    scale = (ours[0].abs().max() / 448 * 0.9).view(1, 1)   # too small: large weights saturate, none turns NaN
-    autoscale.adamw_triton(*ours, scale, **SETTINGS, step=7)
-    autoscale.adamw_reference(*reference, scale, **SETTINGS, step=7)
+def test_kernel_equals_the_reference_to_rounding_and_writes_the_fp8_numbers_of_its_weight(experts, shape):
+    ours, reference = (adamw_state(shape, experts, DEVICE) for _ in range(2))
+    autoscale.adamw_triton(*ours, **SETTINGS, step=7)
+    autoscale.adamw_reference(*reference, **SETTINGS, step=7)
     for name, a, b in zip("pgmv", ours, reference):
         # a GPU contracts a product and a sum into one rounding: 2 of 2^-24 of the largest term
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * b.abs().max().item(), msg=name)
-    p, _, _, _, w, w_t = ours
-    assert torch.equal(bits(w), bits(cast(p / scale, E4M3))) and torch.equal(bits(w_t), bits(w).t())
+    assert_copies(ours[0], *ours[4:])
 
 
 class Layer:
@@ -502,7 +506,7 @@ CHANGES = {   # of a run and its first weight, before each step
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(kernels, change):
+def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(with_kernel, change):
     """Whatever the kernel does not know is left to AdamW. (The bound does not hold for coupled decay.)"""
     ours, theirs = Run(), Run(AdamW)
     for step in range(1, 21):
@@ -514,7 +518,7 @@ def test_fp8_adamw_trains_as_torch_adamw_and_its_copies_follow_the_weight(kernel
 
 
 def test_without_fp8_tensor_cores_it_is_torch_adamw_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(autoscale, "kernels_run_on", lambda device: False)
+    let_kernels_run(False, monkeypatch)
     ours, theirs = Run(), Run(AdamW)
     for step in range(1, 10):
         ours.step(step)
@@ -525,7 +529,7 @@ def test_without_fp8_tensor_cores_it_is_torch_adamw_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("first", [FP8AdamW, AdamW])
 @pytest.mark.parametrize("second", [FP8AdamW, AdamW])
 @pytest.mark.parametrize("fused", [False, True])
-def test_state_goes_from_either_optimizer_to_the_other(kernels, first, second, fused):
+def test_state_goes_from_either_optimizer_to_the_other(with_kernel, first, second, fused):
     straight, resumed = Run(first, fused=fused), Run(first, fused=fused)
     for step in range(1, 10):
         straight.step(step)
@@ -540,7 +544,7 @@ def test_state_goes_from_either_optimizer_to_the_other(kernels, first, second, f
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_of_a_run_trains_its_own_weights_without_layers(kernels, copied):
+def test_a_copy_of_a_run_trains_its_own_weights_without_layers(with_kernel, copied):
     run, plain = Run(fused=True), Run(AdamW)
     run.step(1)
     plain.step(1)
@@ -553,7 +557,7 @@ def test_a_copy_of_a_run_trains_its_own_weights_without_layers(kernels, copied):
     assert all(w is p for w, p in zip(run.scales.weights, run.parameters))
 
 
-def test_closures_hooks_and_schedulers_see_each_step_once_and_torch_amp_unscales_before_it(kernels):
+def test_closures_hooks_and_schedulers_see_each_step_once_and_torch_amp_unscales_before_it(with_kernel):
     plain = AdamW([torch.zeros(1)], fused=True)   # now PyTorch wraps AdamW.step() in calls of the hooks
     run, calls = Run(fused=True), []
     assert [optimizer._step_supports_amp_scaling for optimizer in (plain, run.optimizer)] == [True, False]
@@ -570,7 +574,7 @@ def test_closures_hooks_and_schedulers_see_each_step_once_and_torch_amp_unscales
     assert {state["step"].item() for state in run.optimizer.state.values()} == {2.0}
 
 
-def test_a_group_may_come_later_under_any_default_device(kernels):
+def test_a_group_may_come_later_under_any_default_device(with_kernel):
     run = Run()
     run.optimizer.param_groups[0]["params"] = run.parameters[2:]
     with torch.device("meta" if DEVICE == "cpu" else DEVICE):   # on a GPU AdamW itself fails under another

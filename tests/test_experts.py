@@ -216,22 +216,6 @@ def test_a_scale_for_each_expert_is_measured_and_predicted_as_if_it_were_a_weigh
     assert torch.equal(torch.cat(together.views), together.scale)
 
 
-@needs_triton
-def test_the_kernel_of_adamw_writes_copies_under_the_scale_of_each_expert():
-    p, g, mean, v = (random(4 * 40, 72, seed=seed) for seed in range(4))
-    scale = torch.tensor([[0.01], [3e-3], [1.0], [0.02]], device=DEVICE)
-    results = []
-    for step in (autoscale.adamw_reference, autoscale.adamw_triton):
-        state = [x.clone() for x in (p, g, mean, v.square())]
-        copies = [torch.empty(shape, device=DEVICE, dtype=E4M3.dtype) for shape in ((160, 72), (72, 160))]
-        step(*state, *copies, scale, 1e-3, (0.9, 0.95), 1e-8, 0.1, 7)
-        results.append((state[0], *copies))
-    (p, w, w_t), (kernel_p, kernel_w, kernel_w_t) = results
-    torch.testing.assert_close(kernel_p, p, rtol=1e-6, atol=1e-7)
-    assert torch.equal(kernel_w_t.t().float(), kernel_w.float()) and torch.equal(w_t.t().float(), w.float())
-    assert (kernel_w.float() != w.float()).float().mean() < 1e-3   # next to a tie p may be rounded apart
-
-
 # ---------------------------------------------------------------------------------------------------
 # The block
 
