@@ -10,7 +10,13 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= 
 if not ON_HOPPER:
     os.environ["TRITON_INTERPRET"] = "1"   # read by triton when it is imported
 
+import autoscale     # now, and with them triton
+import gemm_kernel
+import microscale
+
 DEVICE = "cuda" if ON_HOPPER else "cpu"    # where the kernels run
+needs_triton = pytest.mark.skipif(not microscale.HAS_TRITON, reason="Triton is not installed")
+for_devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
 def pytest_configure(config):
@@ -41,6 +47,19 @@ def eager(request):
     compiles = request.node.get_closest_marker("gpu")
     with torch.compiler.set_stance("default" if compiles else "force_eager"):
         yield
+
+
+def let_kernels_run(run, monkeypatch):
+    """Run the kernels on every device, on a CPU in Triton's interpreter; or on none."""
+    for module in (autoscale, gemm_kernel, microscale):
+        monkeypatch.setattr(module, "kernels_run_on", lambda _: run)
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_triton)], ids=["pytorch", "kernels"])
+def kernels(request, monkeypatch):
+    """Run the test without kernels, and with them."""
+    let_kernels_run(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture(scope="module")
