@@ -534,10 +534,11 @@ def route_in(block, chosen, align=128):
     load = chosen.flatten().bincount(minlength=block.config.experts).float()
     here = of_all(chosen, block.ranks) - E * block.ranks.rank()
     r = route(torch.where((here >= 0) & (here < E), here, E), E + 1, align)   # those elsewhere come last
-    R = int(r.groups.first[E]) + align
+    used = int(r.groups.first[E])
+    R = used + align
     token, of_tile = F.pad(r.token, (0, align))[:R], F.pad(r.groups.of_tile, (0, 1))[:R // align]
-    groups = Groups(r.groups.first[:-1], of_tile.clamp(max=E - 1))
-    return Routes(token, r.row.clamp(max=R - 1), load, groups)
+    row = torch.where(r.row < used, r.row, R - 1)
+    return Routes(token, row, load, Groups(r.groups.first[:-1], of_tile.clamp(max=E - 1)))
 
 
 def blank(x, ranks):

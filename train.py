@@ -202,8 +202,10 @@ def resolve(c, device, world, saved=None):
          f"{c.eval_batches}: give 1, or the number of ranks if it divides both others")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
-    need(not c.graph or device.type == "cuda" and n == 1,
-         f"--graph is for GPUs without --expert_parallel, this runs on {device}: leave it out")
+    waits = n > 1 or shape.experts and not {*recipes} <= {"none", "moss"}   # the host, for numbers of rows
+    need(not c.graph or device.type == "cuda" and not waits and (world == 1 or c.accum > world),
+         f"--graph records micro-batches on a GPU that send no gradient, and experts of none or moss on one "
+         f"rank: with {device}, --fp8 {c.fp8}, --accum {c.accum} and {world} ranks give --no-graph")
     need(not c.calibrate or c.eval_only, f"--calibrate {c.calibrate} is for --eval_only: leave it out")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
@@ -219,6 +221,7 @@ def shape_of(c, saved=None):
     with blaming(f"--init {c.init}"):
         found = config_of(Path(c.init))
         theirs = config_for(found)
+    with blaming(f"--model {c.model}, leave it out"):
         for name, value in config_for(PRESETS[c.model]).items() if c.model else ():
             need(name == "max_position_embeddings" or theirs[name] == value,
                  f"--model {c.model} has {name} {value}, {c.init} {theirs[name]}: leave --model out")
@@ -387,7 +390,8 @@ def train(c):
     if ranks.world > 1:
         run.ddp = data_parallel(run.model, ranks.device, run.experts)
     ranks.say("config  " + "  ".join(f"{k}={v}" for k, v in asdict(c).items()))
-    ranks.say(f"model   {c.model or c.init}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+    size = sum(p.numel() * (ranks.world if p in run.experts else 1) for p in run.model.parameters())
+    ranks.say(f"model   {c.model or c.init}: {size:,} parameters, "
               f"vocabulary {run.model.config.vocab}; {len(run.batches.tokens):,} training and "
               f"{len(run.val_batches.tokens):,} validation tokens of {c.data or 'Python source code'}")
     ranks.say(f"fp8     {c.fp8}: {numerics(c.fp8, ranks.device)}")
@@ -513,7 +517,7 @@ def start(c):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     if reporting:   # then every rank has all weights
-        c.shard, c.expert_parallel = False, 1
+        c.shard, c.graph, c.expert_parallel = False, False, 1
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
     if c.graph:
         torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
@@ -974,7 +978,8 @@ def check_same(thing, what):
 def exchanged(run):
     """Return in one line what experts that are spread over the ranks receive."""
     c, n, d = run.c, run.ranks.world, run.model.config.d
-    tokens = 2 * c.layers * c.accum // n * (n - 1) * c.batch * c.seq   # of other ranks, forward and backward
+    passes = 3 if c.recompute == "block" else 2   # forward, backward, and forward again
+    tokens = passes * c.layers * c.accum // n * (n - 1) * c.batch * c.seq   # of other ranks
     plain = d * (2 if run.ranks.device.type == "cuda" else 4)   # bytes of one
     sent = d + 4 if run.model.blocks[0].fused else plain        # FP8 and a scale
     return (f"experts {run.model.config.experts // n} of each layer on a rank. It receives, each step, "
@@ -1331,6 +1336,7 @@ def bench(c):
     row of the table}. Medians of: forward + backward, the mean over --accum micro-batches; clipping and the
     optimizer's step. `x none` compares the first alone. `kept`: what forward leaves for backward."""
     ranks, _ = start(c)
+    need(ranks.world == 1, "--bench times one rank: run it without torchrun")
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
     print(f"{device_name(device)}, PyTorch {torch.__version__}; {c.model}, {c.layers} layers, {c.accum} x "
           f"{c.batch} x {c.seq} tokens, recompute {c.recompute}; medians of {c.steps} steps\n")

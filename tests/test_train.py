@@ -511,6 +511,22 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
     assert contents(out) == before if error and options else read_log(out)[-1]["scale_ratio_min"] >= 1
 
 
+def test_a_checkpoint_that_keeps_scales_elsewhere_is_read_and_scales_are_measured(tiny, out):
+    run(tiny("--fp8 moss --steps 2"))
+    path, kept = out / "step_00000002", states(out)[0]["parameters"]
+    bare = {name: {key: x for key, x in values.items() if key != "scale"} for name, values in kept.items()}
+    torch.save({"parameters": bare, "scales": None}, path / "rank_0.pt")   # as a version before wrote it
+    content = json.loads((path / "manifest.json").read_text())["content"]
+    content["files"] = {"rank_0.pt": train.size_and_crc(path / "rank_0.pt")}
+    checksum = zlib.crc32(json.dumps(content).encode())
+    (path / "manifest.json").write_text(json.dumps({"checksum": checksum, "content": content}))
+    c = train.parse_config(go_on(out, "--resume --steps 4"))
+    again = train.build(c, *train.start(c))
+    assert same({name: p.data for name, p in again.model.named_parameters()},
+                {name: values["weight"] for name, values in kept.items()})
+    assert torch.equal(again.scales.scale, again.scales.true_scale())
+
+
 def test_a_run_that_goes_on_under_another_recipe_measures_its_scales(tiny, out, monkeypatch):
     run(tiny("--fp8 tensor"))
     before_training = train.make_model
@@ -972,6 +988,8 @@ MISTAKES = {   # options: what the line says
     "--fp8 none,e3m4 --eval-only": ["--fp8 e3m4", "unknown: choose one of none, "],
     "--recompute act": ["--recompute act", "none, block"],
     "--bench --shard": ["--shard is for recipes that predict", "none"],
+    "--graph": ["--graph records", "on a GPU", "with cpu", "give --no-graph"],
+    "--expert_parallel 2": ["--expert_parallel 2", "1 ranks", "give 1"],
     "--fp8 tensor --shard": ["--shard is for recipes that predict", "tensor"],
     **{f"--device {name}": [f"--device {name}", "use cpu"] for name in ("tpu", "meta", "cuda:٣")},
     "--device cuda:99": ["--device cuda:99", "use --device cpu"],
