@@ -344,7 +344,8 @@ def mixture(block, x):
     """Return x + sum over the chosen experts e of p_e down_e(silu(gate_e(n)) up_e(n)), n = norm2(x), of x
     (B, T, d); and how many tokens each expert got, (E,). Each token is copied into a row for every choice.
     The rows are sorted by expert, so that each multiplies a group of neighbors, and their results are added
-    up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass."""
+    up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass.
+    (`exchange` and `blank` are for experts on several ranks; they return what they get otherwise.)"""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
     score, chosen = block.router(n)                                                       # (T, top_k)
     r, ranks = route_in(block, chosen, 128 if block.gate_up.recipe else 1), block.ranks
@@ -547,10 +548,10 @@ def blank(x, ranks):
 
 
 def add_rows(x, rows, add, ranks):
-    """Return `combine` of x (R, C), and overwrite its last row; if experts are spread, the sum over them."""
+    """Return `combine` of x (R, C) and `add`; if experts are spread, the sums of all ranks plus `add`."""
     if ranks is None:
         return combine(x, rows, add)
-    x[-1] = 0
+    x[-1] = 0   # as `blank`, without a copy
     return add + sum_of_all(combine(x, rows), ranks)
 
 

@@ -1317,8 +1317,7 @@ def bits_per_byte(run, loss):
 def plot_runs(c):
     """Draw losses, and the largest load of experts over their mean, of runs in the folders --out a,b,c."""
     folders = [Path(folder) for folder in c.out.split(",")]
-    label = "loss, nats/token; dots: validation; broken: load"
-    with picture(c.plot, yscale="log", xlabel="step", ylabel=label) as axes:
+    with picture(c.plot, yscale="log", xlabel="step", ylabel="loss, nats/token; dots: validation") as axes:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
         axes.yaxis.set_minor_formatter(lambda y, _: f"{y:.3g}")
         for behind, folder in zip(reversed(range(len(folders))), folders):
@@ -1328,7 +1327,9 @@ def plot_runs(c):
             steps, *values = ([r.get(k) for r in records] for k in ("step", "loss", "val_loss", "load"))
             line, = axes.plot(steps, values[0], label=folder.name, lw=1 + 2 * behind)
             axes.plot(steps, values[1], "o", ms=4 + 3 * behind, color=line.get_color())
-            axes.plot(steps, values[2], "--", lw=1, color=line.get_color())
+            if any(values[2]):
+                axes.plot(steps, values[2], "--", lw=1, color=line.get_color())
+                axes.set_ylabel("loss, nats/token; dots: validation; broken: load")
 
 
 def bench(c):
