@@ -20,6 +20,7 @@ the inputs of the linear layers and [gate, up], in BF16 those of both halves, q,
 import json
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -680,7 +681,8 @@ class FusedMixture(torch.autograd.Function):
 
 
 def quantized_of_all(q, ranks):
-    return Quantized(of_all(q.data, ranks), of_all(q.scale, ranks), q.block)
+    """Return the rows of all ranks of Quantized q, which has one scale per row."""
+    return q if ranks is None else Quantized(of_all(q.data, ranks), of_all(q.scale, ranks), q.block)
 
 
 def take(q, index):
@@ -802,7 +804,7 @@ def load_weights(model, folder):
     if index.exists() and not (folder / files[0]).exists():
         where = read_json(index).get("weight_map")
         files = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
-        if not files or any((folder / file).parent != folder for file in files):
+        if not files or any(Path(file).name != file for file in files):
             raise ValueError(f"{index}: its weight_map names no files of this folder: copy it again")
     for file in files:
         try:

@@ -14,17 +14,15 @@ import autoscale
 import gemm_kernel as gk
 import microscale as ms
 import model as m
-from conftest import DEVICE
+from conftest import DEVICE, let_kernels_run, needs_triton
 from fp8_formats import E4M3
 from gemm_kernel import relative_error
-from microscale import ALL, HAS_TRITON, RECIPES, quantize_reference, sqnr
+from microscale import ALL, RECIPES, quantize_reference, sqnr
 from model import ModelConfig, Transformer
 
 CONFIG = ModelConfig(vocab=64, seq=64, d=128, layers=1, heads=4, ffn=128, experts=4, top_k=2)
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16]   # FP32 is for CPUs
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-both = pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_triton)])
 
 CHOICES = {   # (T, k): which expert of four each choice of each token is
     "ragged": [[0, 1]] * 150 + [[0, 3]] * 3 + [[1, 0]] * 127,
@@ -32,15 +30,6 @@ CHOICES = {   # (T, k): which expert of four each choice of each token is
     "a full tile": [[3]] * 128,
     "one token each": [[0], [1], [2], [3]],
     "16 tokens": [[1, 2, 3]] * 16}
-
-
-@pytest.fixture
-def with_kernels(monkeypatch):
-    """Run the kernels, in Triton's interpreter where there is no GPU; or no kernel."""
-    def choose(kernels):
-        for module in (ms, gk, autoscale):
-            monkeypatch.setattr(module, "kernels_run_on", lambda _: kernels)
-    return choose
 
 
 def random(*shape, seed=0):
@@ -105,11 +94,9 @@ def operands(name, N=256, K=144):
     return r, x, dy, w, w_t
 
 
-@both
 @pytest.mark.parametrize("promote", [False, True])
 @pytest.mark.parametrize("name", CHOICES)
-def test_each_group_of_rows_is_multiplied_by_its_own_matrix(name, promote, kernels, with_kernels):
-    with_kernels(kernels)
+def test_each_group_of_rows_is_multiplied_by_its_own_matrix(name, promote, kernels):
     r, x, dy, w, w_t = operands(name)
     rows, expert = used(r), r.groups.of_tile.long().repeat_interleave(128)
     X, dY, W = (q.dequantize().double() for q in (x, dy, w))
@@ -126,10 +113,8 @@ def test_each_group_of_rows_is_multiplied_by_its_own_matrix(name, promote, kerne
             assert not mine.any() or relative_error(y[mine], exact[way][mine]) < tolerance, (way, e)
 
 
-@both
 @pytest.mark.parametrize("name", CHOICES)
-def test_wgrad_adds_what_the_tokens_of_each_expert_give_and_nothing_else(name, kernels, with_kernels):
-    with_kernels(kernels)
+def test_wgrad_adds_what_the_tokens_of_each_expert_give_and_nothing_else(name, kernels):
     r, x, dy, _, _ = operands(name)
     for q in (x, dy):   # what was never written
         q.scale[r.groups.first[-1]:] = float("nan")
@@ -168,9 +153,7 @@ def test_a_weight_with_one_scale_for_all_experts_and_outputs_beside_tiles_do_not
 # ---------------------------------------------------------------------------------------------------
 # SwiGLU times a probability, and a scale for each expert
 
-@both
-def test_swiglu_times_a_probability_is_quantized_once_and_gives_its_gradient(kernels, with_kernels):
-    with_kernels(kernels)
+def test_swiglu_times_a_probability_is_quantized_once_and_gives_its_gradient(kernels):
     h, da, p = random(40, 600), random(40, 300, seed=1), torch.rand(40).to(DEVICE)
     p[3] = 0
     a, h_q = ms.quantize_swiglu(h, p)
@@ -182,9 +165,7 @@ def test_swiglu_times_a_probability_is_quantized_once_and_gives_its_gradient(ker
     torch.testing.assert_close(dp, exact_dp, rtol=1e-5, atol=1e-5 * float(exact_dp.abs().max()))
 
 
-@both
-def test_a_probability_of_1_changes_no_bit(kernels, with_kernels):
-    with_kernels(kernels)
+def test_a_probability_of_1_changes_no_bit(kernels):
     h, da, one = random(7, 96), random(7, 48, seed=1), torch.ones(7, device=DEVICE)
     (a, h_q), (b, _) = ms.quantize_swiglu(h), ms.quantize_swiglu(h, one)
     dh, (dh_one, _) = ms.quantize_swiglu_gradient(h_q, da), ms.quantize_swiglu_gradient(h_q, da, one)
@@ -192,9 +173,7 @@ def test_a_probability_of_1_changes_no_bit(kernels, with_kernels):
         assert torch.equal(q.data.float(), other.data.float()) and torch.equal(q.scale, other.scale)
 
 
-@both
-def test_a_weight_with_a_scale_for_each_expert_is_that_of_each_expert_alone(kernels, with_kernels):
-    with_kernels(kernels)
+def test_a_weight_with_a_scale_for_each_expert_is_that_of_each_expert_alone(kernels):
     weight, scale = random(4 * 48, 80), torch.tensor([[0.01], [3e-4], [1.0], [0.02]], device=DEVICE)
     w, w_t = ms.quantize_weight(weight, RECIPES["moss"], scale)
     assert w.block == (48, ALL) and w_t.block == (ALL, 48)
@@ -275,14 +254,14 @@ def test_the_mixture_is_its_equation_and_all_gradients_are_those_of_autograd(mon
 def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(fp8, dtype, monkeypatch):
     """With the experts that the unquantized block chose: a few of 300 choices are made by a hair, and one
     that turns out otherwise is another function. Over two seeds 18.0, 13.6 and 10.3 dB were the least."""
-    chosen, choose = [], m.choose
+    free, chosen, choose = block_step(fp8, dtype), [], m.choose
 
     def as_before(x, weight, bias, top_k):
         chosen.append(choose(x, weight, bias, top_k)[1])
         return (x.float() @ weight.float().t()).sigmoid().gather(1, chosen[0]), chosen[0]
     monkeypatch.setattr(m, "choose", as_before)
     exact, got = block_step("none", dtype), block_step(fp8, dtype)
-    assert torch.equal(exact.pop("load"), got.pop("load"))
+    assert (exact["load"] - free["load"]).abs().sum() < 10 and torch.equal(exact.pop("load"), got.pop("load"))
     for name in exact:
         assert got[name].dtype == exact[name].dtype, name
         assert sqnr(exact[name], got[name]) > {"mxfp6": 11, "mxfp4": 8}.get(fp8, 16), name
@@ -319,10 +298,10 @@ def test_the_fused_mixture_equals_the_one_computed_layer_by_layer(change, monkey
 
 
 @needs_triton
-def test_with_kernels_the_fused_mixture_is_the_one_without(with_kernels):
+def test_with_kernels_the_fused_mixture_is_the_one_without(monkeypatch):
     seen = []
     for kernels in (False, True):
-        with_kernels(kernels)
+        let_kernels_run(kernels, monkeypatch)
         seen.append(block_step("moss", B=1, T=16, experts=2))
     for name in seen[0]:
         assert sqnr(seen[0][name], seen[1][name]) > (40 if DEVICE == "cpu" else 12), name

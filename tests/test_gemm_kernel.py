@@ -95,6 +95,13 @@ def test_the_kernel_takes_tensors_of_any_strides_and_writes_to_any_address():
     assert product_error(gk.matmul_triton(a, b, out=out), a, b) < 1e-3
 
 
+def test_torch_scaled_mm_agrees_on_scales_per_tensor():
+    a, b = quantized_pair(32, 64, 96, "tensor")
+    theirs = torch._scaled_mm(a.data, b.data.t(), a.scale[0, 0], b.scale[0, 0], out_dtype=torch.bfloat16)
+    # two roundings to BF16 of sums that were taken in another order
+    assert relative_error(gk.matmul(a, b, torch.bfloat16), theirs.double()) < 4e-3
+
+
 REFUSED = {  # message: what `matmul` gets in place of an A of (16, 64), with a B of (32, 64)
     r"K = 32 and 64: both must be the same": {"a": zeros(16, 32)},
     r"K = 24 and 24.*multiple of 16; pad them": {"a": zeros(16, 24), "b": zeros(32, 24)},

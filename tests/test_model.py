@@ -12,10 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gemm_kernel
-import microscale
 import model as m
-from conftest import DEVICE
+from conftest import DEVICE, let_kernels_run
 from gemm_kernel import relative_error
 from microscale import ALL, NORMS, RECIPES, quantize, rope, sqnr, swiglu
 from model import PRESETS, Block, Linear, ModelConfig, Transformer
@@ -254,8 +252,7 @@ def test_a_step_at_7b_width_is_as_close_to_bf16_as_its_emulation_and_closer_to_t
     x, seen = tokens(4, 512, 1024), {}
     for name in ("none", "moss", "emulated"):
         if name == "emulated":
-            for module in (gemm_kernel, microscale):
-                monkeypatch.setattr(module, "kernels_run_on", lambda device: False)
+            let_kernels_run(False, monkeypatch)
         with torch.device(DEVICE):
             model = make(config, "none" if name == "none" else "moss", device=DEVICE)
         seen[name] = gradients(model, x=x)
