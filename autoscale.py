@@ -246,8 +246,11 @@ class FP8AdamW(torch.optim.AdamW):
 
     State and results are those of AdamW, to rounding. AdamW itself steps weights that the kernel does not
     take, and they are requantized. On other devices, and in a copy of this optimizer, it is AdamW alone.
+
+    factor   of all gradients, a tensor of one number, for clipping; None: 1. The kernel multiplies what it
+             reads, and does not write it: .grad of its weights stays as it is.
     """
-    layers = ()
+    layers, factor = (), None
 
     def __init__(self, groups, layers, **options):
         super().__init__(groups, **options)
@@ -269,6 +272,9 @@ class FP8AdamW(torch.optim.AdamW):
                 gradients[p], p.grad = p.grad, None   # so that nothing is left for AdamW
             elif layer.copies:
                 others.append(layer)
+        for p in group_of if self.factor is not None else ():
+            if p.grad is not None:
+                p.grad *= self.factor
         # PyTorch wraps the step() of every class in calls of hooks. The wrapper of this one has called them.
         inspect.unwrap(torch.optim.AdamW.step, stop=lambda f: not hasattr(f, "hooked"))(self)
         for p, gradient in gradients.items():
@@ -293,20 +299,21 @@ class FP8AdamW(torch.optim.AdamW):
         state["step"] = state["step"].cpu() + 1   # on the host, as an argument; a loaded one moves there once
         adamw_triton(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], w.data, w_t.data, w.scale,
                      float(group["lr"]), [float(beta) for beta in group["betas"]], group["eps"],
-                     group["weight_decay"], int(state["step"]))
+                     group["weight_decay"], int(state["step"]), self.factor)
 
 
 # ---------------------------------------------------------------------------------------------------
 # The kernel
 
-def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
+def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step, factor=None):
     """Take one AdamW step on p (N, K) in place, as torch does; then w (N, K), w_t (K, N) = E4M3(p / scale),
-    with a scale (E, 1) for each of E groups of rows.
+    with a scale (E, 1) for each of E groups of rows. `factor`, of one number, first multiplies g.
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)       m_hat, v_hat: over 1 - beta^step
     """
     beta1, beta2 = betas
+    g = g if factor is None else g * factor
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     p.mul_(1 - lr * weight_decay)
@@ -317,7 +324,7 @@ def adamw_reference(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, ste
 
 if HAS_TRITON:
     @triton.jit
-    def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, N, K, rows, decay,
+    def _adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, w_t_ptr, scale_ptr, factor_ptr, N, K, rows, decay,
                       one_minus_beta1, beta2, one_minus_beta2, v_root_correction, eps, step_size,
                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
         """Compute `adamw_reference` on one tile: every number is read once and written once."""
@@ -327,6 +334,8 @@ if HAS_TRITON:
         at = n[:, None] * K + k[None, :]
         p = tl.load(p_ptr + at, mask=inside, other=0.0)
         g = tl.load(g_ptr + at, mask=inside, other=0.0)
+        if factor_ptr is not None:
+            g *= tl.load(factor_ptr)
         m = tl.load(m_ptr + at, mask=inside, other=0.0)
         v = tl.load(v_ptr + at, mask=inside, other=0.0)
         m += one_minus_beta1 * (g - m)
@@ -340,11 +349,11 @@ if HAS_TRITON:
         tl.store(w_ptr + at, w, mask=inside)
         tl.store(w_t_ptr + k[:, None] * N + n[None, :], tl.trans(w), mask=tl.trans(inside))
 
-    def adamw_triton(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step):
+    def adamw_triton(p, g, m, v, w, w_t, scale, lr, betas, eps, weight_decay, step, factor=None):
         """Compute `adamw_reference` in one pass over memory. All tensors have to be contiguous."""
         (N, K), (beta1, beta2) = p.shape, betas
         grid = (cdiv(N, 64), cdiv(K, 64))   # with 8 warps the fastest of eleven shapes on an H200
-        _adamw_kernel[grid](p, g, m, v, w, w_t, scale, N, K, N // len(scale), 1 - lr * weight_decay,
+        _adamw_kernel[grid](p, g, m, v, w, w_t, scale, factor, N, K, N // len(scale), 1 - lr * weight_decay,
                             1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**step), eps,
                             lr / (1 - beta1**step), BLOCK_N=64, BLOCK_K=64, num_warps=8)
 

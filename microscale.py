@@ -231,7 +231,7 @@ def quantize_two_level(x, fmt=E4M3, global_scale=None):
     x = x.float() / s
     if global_scale is None:  # if s was rounded down, the largest s_i / s is above 1 by a hair: not ss = 2
         x = x.clamp(-fmt.max, fmt.max)
-    return replace(quantize_reference(x, fmt, (1, 32), "up"), global_scale=s)
+    return replace(quantize(x, fmt, (1, 32), "up"), global_scale=s)
 
 
 def fold(q):

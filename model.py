@@ -94,6 +94,11 @@ compiled_swiglu = compiled(swiglu)
 scaled = compiled(lambda x, factor, dtype: (x.float() * factor).to(dtype))
 
 
+@compiled
+def add_scaled_(total, x, factor):
+    total += x.float() * factor   # moves 10 bytes per number; `scaled` and autograd's sum 18
+
+
 class Linear(nn.Module):
     """Compute y = x W^T, as the recipe says. W (out, in) is the FP32 master weight; of `experts` W (experts
     out, in), and each multiplies the rows of its group. `requantize` makes FP8 copies, once per optimizer
@@ -110,7 +115,7 @@ class Linear(nn.Module):
             nn.init.normal_(self.weight, std=std)
         self.name, self.recipe, self.experts = name, recipe, experts
         self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
-        self.accumulates = False   # `moss`: wgrad adds to weight.grad itself; hooks of autograd do not see it
+        self.accumulates = False   # `moss`, head: they add to weight.grad; hooks of autograd do not see it
 
     def forward(self, x, groups=None):
         if groups:
@@ -216,7 +221,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.compiler.disable(recursive=False)
-    def forward(ctx, x, weight, targets, training):
+    def forward(ctx, x, weight, targets, training, head):
         w, total = weight.to(x.dtype), torch.zeros((), device=x.device)
         logits = x.new_empty(len(x) if training else min(len(x), HeadLoss.CHUNK), len(w))
         for i in range(0, len(x), HeadLoss.CHUNK):
@@ -224,6 +229,7 @@ class HeadLoss(torch.autograd.Function):
             part = torch.mm(rows, w.t(), out=logits[at:at + len(rows)])
             total += loss_and_gradient_(part, targets[i:i + len(rows)], len(x))
         ctx.save_for_backward(x, weight, logits)
+        ctx.head = head
         return total / len(x)
 
     @staticmethod
@@ -231,17 +237,21 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         x, weight, gradient = ctx.saved_tensors
-        dw = scaled(gradient.t() @ x, dloss, weight.dtype)
-        return scaled(gradient @ weight.to(x.dtype), dloss, x.dtype), dw, None, None
+        dw = gradient.t() @ x
+        if ctx.head.accumulates and weight.grad is not None:
+            dw = add_scaled_(weight.grad, dw, dloss)
+        else:
+            dw = scaled(dw, dloss, weight.dtype)
+        return scaled(gradient @ weight.to(x.dtype), dloss, x.dtype), dw, None, None, None
 
 
 @torch.compiler.disable(recursive=False)   # a model that is compiled whole leaves this as it is
-def head_loss(x, weight, targets):
+def head_loss(x, head, targets):
     """Return the loss of x (..., d). ValueError unless targets (...) are int64, one for each token."""
     if (targets.shape, targets.dtype, targets.device) != (x.shape[:-1], torch.int64, x.device):
         raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype} on {targets.device}: one for each "
                          f"token is needed, {tuple(x.shape[:-1])}, torch.int64 on {x.device}")
-    return HeadLoss.apply(x.flatten(0, -2), weight, targets.flatten(), torch.is_grad_enabled())
+    return HeadLoss.apply(x.flatten(0, -2), head.weight, targets.flatten(), torch.is_grad_enabled(), head)
 
 
 class Block(nn.Module):
@@ -321,7 +331,7 @@ class Transformer(nn.Module):
         if loads:
             self.loads = torch.stack(loads)   # (layers, experts): how many of these tokens each expert got
         x = self.norm(x)
-        return self.head(x) if targets is None else head_loss(x, self.head.weight, targets)
+        return self.head(x) if targets is None else head_loss(x, self.head, targets)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")   # every length would be compiled anew
@@ -881,7 +891,7 @@ def shares_lost(x, dy, recipe):
 def watch(model, tokens, targets):
     """Return `shares_lost` of each FP8 layer for the first 512 tokens or so. They run layer by layer, forward
     and backward, for this alone. Gradients that .grad holds stay as they are."""
-    calls = []
+    calls, model.head.accumulates = [], False
     hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, x[0], y)))   # unfuse
              for layer in model.linears() if layer.recipe]
     T = min(tokens.shape[1], 512)
@@ -941,7 +951,8 @@ def saved_by_block(block, element):
     qkv, out, *hidden, down = [m for m in block.modules() if isinstance(m, Linear)]
     rows = block.config.top_k or 1   # of the experts' products, for each token
     (width, d), ffn = qkv.weight.shape, rows * down.weight.shape[1]
-    inputs = d + out.weight.shape[1] + d * (1 if block.fused else rows) + ffn   # of the linear layers
+    copies = rows if not block.fused else block.ranks.size() if block.ranks else 1   # of X for the experts
+    inputs = d + out.weight.shape[1] + d * copies + ffn   # of the linear layers
     hidden = rows * sum(m.weight.shape[0] // (m.experts or 1) for m in hidden)   # [gate, up]
     saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]
     saved += inputs if qkv.recipe else element * (inputs - d)   # in BF16 `out` reads the attention output

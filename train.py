@@ -32,10 +32,10 @@ import time
 import zlib
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,10 +49,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, muon_step_bound
-from fp8_formats import picture
-from microscale import HAS_TRITON, RECIPES, kernels_run_on, transposed
+from fp8_formats import E4M3, picture
+from gemm_kernel import matmul
+from microscale import ALL, HAS_TRITON, RECIPES, kernels_run_on, quantize, transposed
 from model import (PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, config_for, config_of,
-                   flops_per_token, load_weights, save_folder, spread_experts, watch)
+                   flops_per_token, idle_weights, load_weights, save_folder, spread_experts, watch)
 
 
 class UserError(Exception):
@@ -118,7 +119,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    graph: bool = opt(False, "GPU: launch each micro-batch as one CUDA graph, for small micro-batches")
+    eager: bool = opt(False, "GPU: launch kernels one by one, not a micro-batch at once as a CUDA graph")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
     expert_parallel: int = opt(1, "ranks that share the experts of a layer: 1, or all ranks", 1)
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
@@ -202,10 +203,6 @@ def resolve(c, device, world, saved=None):
          f"{c.eval_batches}: give 1, or the number of ranks if it divides both others")
     need(c.accum % world == 0,
          f"--accum {c.accum} does not divide by {world} ranks: use --accum {-(-c.accum // world) * world}")
-    waits = n > 1 or shape.experts and not {*recipes} <= {"none", "moss"}   # the host, for numbers of rows
-    need(not c.graph or device.type == "cuda" and not waits and (world == 1 or c.accum > world),
-         f"--graph records micro-batches on a GPU that send no gradient, and experts of none or moss on one "
-         f"rank: with {device}, --fp8 {c.fp8}, --accum {c.accum} and {world} ranks give --no-graph")
     need(not c.calibrate or c.eval_only, f"--calibrate {c.calibrate} is for --eval_only: leave it out")
     need(not c.shard or all(fp8 != "none" and RECIPES[fp8].weight_scale == "predicted" for fp8 in recipes),
          f"--shard is for recipes that predict weight scales, like --fp8 moss, not {c.fp8}: give --no-shard")
@@ -277,11 +274,19 @@ def requantize(run):
 
 def keep_place(run, layer, before):
     """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
-    if run.c.graph and before:
+    if run.records and before:
         for place, new in zip(before, layer.copies):
             place.data.copy_(new.data)
             place.scale.copy_(new.scale)
         layer.set_copies(before)
+
+
+def clip(run, norm):
+    """Scale gradients of this total norm down to --clip. FP8AdamW multiplies as it reads them."""
+    if isinstance(run.optimizer, FP8AdamW):
+        run.optimizer.factor = (run.c.clip / (norm + 1e-6)).clamp(max=1)   # as PyTorch does
+    else:
+        clip_grads_with_norm_(run.trained, run.c.clip, norm)
 
 
 def update_weights(run, lr, update):
@@ -317,14 +322,18 @@ def forward_backward(run, step):
     share of the mean loss, its tokens for each expert (layers, experts), and its last (tokens, targets)."""
     c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
     loads = torch.zeros(c.layers, run.model.config.experts, device=ranks.device)
-    mine = range(ranks.rank, c.accum, ranks.world)
+    mine, steady = range(ranks.rank, c.accum, ranks.world), run.records and keeps_places(run)
     for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
-        for layer in run.model.linears():   # DDP waits for gradients in autograd's hooks
+        for layer in (*run.model.linears(), run.model.head):   # DDP waits for gradients in autograd's hooks
             layer.accumulates = not sends or layer.weight in run.experts
-        loss = (replay if c.graph and not sends else micro_batch)(run, tokens, targets, len(mine))
+        if steady and run.records and not sends:
+            loss = replay(run, tokens, targets, len(mine))
+        else:
+            with graph_memory(run):
+                loss = micro_batch(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
@@ -342,17 +351,32 @@ def micro_batch(run, tokens, targets, count):
     return loss.detach()
 
 
-def replay(run, tokens, targets, count):
-    """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel. It
-    keeps addresses, so it is recorded when all tensors that it uses are where they were in the micro-batch
-    before, which has also compiled what it launches."""
+def records(run):
+    """Return whether micro-batches become CUDA graphs: on GPUs, if they do not wait for the host. (Experts on
+    several ranks do, and those that run layer by layer under a recipe: for their numbers of rows.)"""
+    waits = any(block.router and block.qkv.recipe and not block.fused for block in run.model.blocks)
+    return run.ranks.device.type == "cuda" and not run.c.eager and not run.experts and not waits
+
+
+def keeps_places(run):
+    """Return whether the gradients and the FP8 copies are where they were a step before, as a graph needs. By
+    then all that it launches has been compiled, too. Else forget the graph, and its memory."""
     used = [p.grad for p in run.trained]
     used += [x for layer in run.model.linears() for q in layer.copies or () for x in (q.data, q.scale)]
-    before, run.addresses = run.addresses, [None if x is None else x.data_ptr() for x in used]
-    if None in run.addresses or run.addresses != before:
-        run.graph = None   # and its memory
+    before, run.places = run.places, [None if x is None else x.data_ptr() for x in used]
+    steady = None not in run.places and run.places == before
+    run.graph = run.graph if steady else None
+    return steady
+
+
+def replay(run, tokens, targets, count):
+    """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel."""
+    try:
+        run.graph = run.graph or record(run, tokens.clone(), targets.clone(), count)
+    except torch.OutOfMemoryError:   # without a graph, moments of time with much memory do not add up
+        run.records = False
+        run.ranks.say("note: a CUDA graph needs more memory than there is: --eager from here on")
         return micro_batch(run, tokens, targets, count)
-    run.graph = run.graph or record(run, tokens.clone(), targets.clone(), count)
     run.graph.tokens.copy_(tokens)
     run.graph.targets.copy_(targets)
     run.graph.replay()
@@ -362,11 +386,16 @@ def replay(run, tokens, targets, count):
 
 def record(run, tokens, targets, count):
     """Return the graph: `replay` computes `micro_batch` of what is in tokens and targets then."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
+    with torch.cuda.graph(graph, pool.id, torch.cuda.current_stream(), capture_error_mode="thread_local"):
         loss = micro_batch(run, tokens, targets, count)
-    return SimpleNamespace(tokens=tokens, targets=targets, replay=graph.replay, loss=loss,
-                           loads=getattr(run.model, "loads", None))
+    return SimpleNamespace(tokens=tokens, targets=targets, replay=graph.replay, loss=loss, loads=getattr(
+        run.model, "loads", None), memory=partial(torch.cuda.use_mem_pool, pool))
+
+
+def graph_memory(run):
+    """Let what is not recorded use the memory of the graph, which is free between micro-batches."""
+    return run.graph.memory() if run.graph else nullcontext()
 
 
 def evaluate(run, gradient=False):
@@ -426,7 +455,8 @@ def loop(run, log, saver):
                 group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
-        health = scale_health(run, *last_batch) if logging else {}
+        with graph_memory(run):
+            health = scale_health(run, *last_batch) if logging else {}
         norm = gradient_norm(run)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
         shared = all_reduce(torch.cat((loss.view(1), loss.new_tensor([stop.received]), loads.flatten())))
@@ -437,7 +467,7 @@ def loop(run, log, saver):
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
         if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
-            clip_grads_with_norm_(run.trained, c.clip, norm)
+            clip(run, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
             model.balance(loads)
         else:
@@ -450,7 +480,7 @@ def loop(run, log, saver):
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
                                f"look at the data; {last_good(c.out)}")
         # DDP: the gradients stay in its buckets, one copy. A graph: they stay where it adds to them.
-        model.zero_grad(set_to_none=run.ddp is model and not c.graph)
+        model.zero_grad(set_to_none=run.ddp is model and not run.records)
         progress.step = step = step + 1
         now = time.perf_counter()
 
@@ -517,9 +547,9 @@ def start(c):
         need(not os.path.isdir(c.out) or not Path(inside).is_relative_to(os.path.realpath(c.out)),
              f"--out {c.out} holds {inside}, and the next run renames it: give a folder of its own")
     if reporting:   # then every rank has all weights
-        c.shard, c.graph, c.expert_parallel = False, False, 1
+        c.shard, c.eager, c.expert_parallel = False, True, 1
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
-    if c.graph:
+    if ranks.device.type == "cuda" and not c.eager:
         torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
     return ranks, saved
 
@@ -542,7 +572,7 @@ def build(c, ranks, saved=None):
     check_same([asdict(replace(c, **paths)), *map(len, parts)],
                "options or data: start all with the same command, and give every node all files of --data")
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None, graph=None)
-    run.tokenizer_crc = run.addresses = None
+    run.tokenizer_crc = run.places = None
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
     is_text = parts and parts[0].dtype == np.uint8
     if c.tokenizer and not c.bench and not c.export:
@@ -572,6 +602,7 @@ def build(c, ranks, saved=None):
     run.mine = lambda p: not run.sharded or run.owner[p] == ranks.rank   # whether this rank steps p
     if run.sharded:
         drop_weights(run)
+    run.records = records(run)
     run.trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales, run.muon_bound = make_scales(run.model, run.optimizer, c), None
@@ -882,7 +913,7 @@ class Batches:
         windows = torch.from_numpy(np.stack(windows))
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
-        return windows[:, :-1], windows[:, 1:]
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()   # as what a graph reads
 
     def start(self, number):
         """Return where window `number`, counted through all epochs, starts."""
@@ -1338,7 +1369,8 @@ def plot_runs(c):
 def bench(c):
     """Time the recipes one after another on random tokens, by the functions of the loop. Return {name: its
     row of the table}. Medians of: forward + backward, the mean over --accum micro-batches; clipping and the
-    optimizer's step. `x none` compares the first alone. `kept`: what forward leaves for backward."""
+    optimizer's step. `x none` compares the first alone. `kept`: what forward leaves for backward. `limit`:
+    what `least_seconds` counts, as a share of the time."""
     ranks, _ = start(c)
     need(ranks.world == 1, "--bench times one rank: run it without torchrun")
     device, rows, gpu = ranks.device, {}, ranks.device.type == "cuda"
@@ -1361,17 +1393,18 @@ def bench(c):
             forward_backward(run, step)
             wait()
             middle = time.perf_counter()
-            clip_grads_with_norm_(run.trained, c.clip, gradient_norm(run))
+            clip(run, gradient_norm(run))
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
-            run.model.zero_grad(set_to_none=not c.graph)
+            run.model.zero_grad(set_to_none=not run.records)
         first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (first + second)
         rows[fp8] = row = {"fwd+bwd ms": first / c.accum, "optimizer ms": second, "tokens/s": speed,
                            **mfu(run.model, speed, device)}
         if gpu:
             row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, "kept GiB": kept / 2**30}
+            row["limit"] = least_seconds(run, kept) / (first + second) * 1e3
         row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
         if len(rows) == 1:
             print("recipe  ", *(f"{name:>13}" for name in row))
@@ -1379,6 +1412,28 @@ def bench(c):
         run = None
         gc.collect()   # a compiled model refers to itself: its weights would count as the next one's memory
     return rows
+
+
+@lru_cache
+def rates(device):
+    """Return the FLOP/s of BF16 and of FP8 products, and the bytes/s of a copy, that a GPU reaches."""
+    from triton.testing import do_bench
+    x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    (q, w), y = (quantize(x, E4M3, (n, ALL), "up") for n in (1, ALL)), torch.empty_like(x)
+    works = ((lambda: x @ x.t(), 2 * 8192**3), (lambda: matmul(q, w), 2 * 8192**3),
+             (lambda: y.copy_(x), 2 * x.nbytes))
+    return [1e3 * work / do_bench(f, rep=200) for f, work in works]
+
+
+def least_seconds(run, kept):
+    """Return the time of a step's products and of its least traffic, at `rates`. A micro-batch writes and
+    reads what forward keeps, and the FP32 gradients. The optimizer moves 30 bytes per parameter."""
+    c, model, (bf16, fp8, copy) = run.c, run.model, rates(run.ranks.device)
+    tokens, size = c.accum * c.batch * c.seq, sum(p.numel() for p in run.trained)
+    total, linear = flops_per_token(model), sum(layer.weight.numel() for layer in model.linears())
+    in_fp8 = 6 * (linear - idle_weights(model)) if model.recipe else 0
+    traffic = c.accum * 2 * (kept + 4 * size) + 30 * size
+    return tokens * (in_fp8 / fp8 + (total - in_fp8) / bf16) + traffic / copy
 
 
 def main(argv=None):
@@ -1398,6 +1453,8 @@ def main(argv=None):
         if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
             message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, "
                        f"which trains the same in less memory, or add --recompute block")
+        elif "captur" in str(e):
+            message = f"error: a micro-batch does not become a CUDA graph ({reason}): give --eager"
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
             message = f"error: another rank is gone ({reason}): torchrun --max-restarts with --resume goes on"
         else:

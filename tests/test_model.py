@@ -302,18 +302,18 @@ def test_the_log_tells_what_saturates_and_what_folding_changes():
 
 
 def head_inputs(dtype, monkeypatch):
-    """x (70, 16), W (50, 16), targets (70); chunks of 24 tokens, so the last one is ragged."""
+    """x (70, 16), a head of weight (50, 16), targets (70); chunks of 24 tokens: the last one is ragged."""
     monkeypatch.setattr(m.HeadLoss, "CHUNK", 24)
     torch.manual_seed(0)
-    x, w, targets = torch.randn(70, 16), 0.5 * torch.randn(50, 16), torch.randint(50, (70,))
-    return x.to(DEVICE, dtype).requires_grad_(), w.to(DEVICE).requires_grad_(), targets.to(DEVICE)
+    x, head, targets = torch.randn(70, 16), Linear(16, 50, None, "head", std=0.5), torch.randint(50, (70,))
+    return x.to(DEVICE, dtype).requires_grad_(), head.to(DEVICE), targets.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)], ids=str)
 def test_head_loss_equals_the_cross_entropy_of_all_logits(dtype, tolerance, monkeypatch):
     # in BF16 logits of up to 8 and their gradient are rounded to 2^-9, and so are the gradients of x
-    x, w, targets = head_inputs(dtype, monkeypatch)
-    loss = m.head_loss(x, w, targets)
+    x, head, targets = head_inputs(dtype, monkeypatch)
+    loss, w = m.head_loss(x, head, targets), head.weight
     (loss / 3).backward()
     exact_x, exact_w = x.detach().double().requires_grad_(), w.detach().to(dtype).double().requires_grad_()
     exact = F.cross_entropy(exact_x @ exact_w.t(), targets)
@@ -325,6 +325,20 @@ def test_head_loss_equals_the_cross_entropy_of_all_logits(dtype, tolerance, monk
         scale = (p.grad.double() * exact.grad).sum() / exact.grad.square().sum()
         assert scale.item() == pytest.approx(1, abs=5e-4)
     assert x.grad.dtype == dtype and w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_accumulates_adds_to_its_gradient_what_autograd_would(dtype, monkeypatch):
+    x, head, targets = head_inputs(dtype, monkeypatch)
+    sums = []
+    for accumulates in (False, True):
+        head.accumulates, head.weight.grad = accumulates, None
+        for part in (1, 2):
+            (m.head_loss(x * part, head, targets) / 3).backward()
+        sums.append(head.weight.grad.clone())
+    # a GPU rounds dW / 3 and the sum at once
+    atol = 0 if DEVICE == "cpu" else 2**-23 * sums[0].abs().max().item()
+    torch.testing.assert_close(*sums, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -29,7 +29,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -634,7 +634,7 @@ def test_two_gpus_train_the_same_weights_as_one_that_sends_gradients_in_bf16(rec
 def test_on_a_gpu_a_graph_trains_as_single_kernels_do(recipe, tiny):
     """To rounding: attention adds up its gradients in no fixed order."""
     command = f"--device cuda --seq 64 --accum 3 --steps 5 --rescale_interval 2 --fp8 {recipe}"
-    eager, graph = run(tiny(command, "eager")), run(tiny(f"{command} --graph", "graph"))
+    eager, graph = run(tiny(f"{command} --eager", "eager")), run(tiny(command, "graph"))
     assert graph["val_loss"] == pytest.approx(eager["val_loss"], rel=2e-3)
 
 
@@ -988,7 +988,6 @@ MISTAKES = {   # options: what the line says
     "--fp8 none,e3m4 --eval-only": ["--fp8 e3m4", "unknown: choose one of none, "],
     "--recompute act": ["--recompute act", "none, block"],
     "--bench --shard": ["--shard is for recipes that predict", "none"],
-    "--graph": ["--graph records", "on a GPU", "with cpu", "give --no-graph"],
     "--expert_parallel 2": ["--expert_parallel 2", "1 ranks", "give 1"],
     "--fp8 tensor --shard": ["--shard is for recipes that predict", "tensor"],
     **{f"--device {name}": [f"--device {name}", "use cpu"] for name in ("tpu", "meta", "cuda:٣")},
@@ -1339,17 +1338,18 @@ def test_a_graph_finds_every_tensor_where_it_was_and_trains_as_without(recipe, t
     """On a CPU nothing can be recorded: what a graph would do is done each time."""
     command = f"--accum 2 --steps 5 --eval_every 2 --rescale_interval 2 --fp8 {recipe}"
     run(tiny(command, "eager"))
-    start, recorded = train.start, []
+    recorded = []
 
     def record(run, tokens, targets, count):
         def replay():
             graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
             graph.loads = getattr(run.model, "loads", None)
-        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()))
+        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
+                                memory=nullcontext)
         recorded.append(graph)
         return graph
     monkeypatch.setattr(train, "record", record)
-    monkeypatch.setattr(train, "start", lambda c: (start(c), setattr(c, "graph", True))[0])
+    monkeypatch.setattr(train, "records", lambda run: True)
     run(tiny(command, "graph"))
     assert len(recorded) == 1
     assert same_state(tmp_path / "eager", tmp_path / "graph")
