@@ -373,9 +373,10 @@ def replay(run, tokens, targets, count):
     """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel."""
     try:
         run.graph = run.graph or record(run, tokens.clone(), targets.clone(), count)
-    except torch.OutOfMemoryError:   # without a graph, moments of time with much memory do not add up
+    except torch.OutOfMemoryError:   # its traceback holds that memory, until here
         run.records = False
-        run.ranks.say("note: a CUDA graph needs more memory than there is: --eager from here on")
+    if not run.graph:
+        run.ranks.say("note: there is no memory for a CUDA graph: this run goes on as with --eager")
         return micro_batch(run, tokens, targets, count)
     run.graph.tokens.copy_(tokens)
     run.graph.targets.copy_(targets)
@@ -1452,7 +1453,7 @@ def main(argv=None):
         code, reason = 1, str(e).split("\n")[0].split(". ")[0][:160]
         if isinstance(e, MemoryError) or re.search("out of memory|DefaultCPUAllocator", str(e)):
             message = (f"error: {reason or 'out of memory'}: halve --batch and double --accum, "
-                       f"which trains the same in less memory, or add --recompute block")
+                       f"which trains the same in less memory, or add --recompute block (or --eager)")
         elif "captur" in str(e):
             message = f"error: a micro-batch does not become a CUDA graph ({reason}): give --eager"
         elif "RANK" in os.environ and re.search("connection|gloo|nccl", str(e), re.IGNORECASE):
