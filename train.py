@@ -119,7 +119,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    eager: bool = opt(False, "GPU: launch kernels one by one, not a micro-batch at once as a CUDA graph")
+    eager: bool = opt(False, "one GPU: launch kernels one by one, not a micro-batch at once as a CUDA graph")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
     expert_parallel: int = opt(1, "ranks that share the experts of a layer: 1, or all ranks", 1)
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
@@ -329,11 +329,7 @@ def forward_backward(run, step):
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in (*run.model.linears(), run.model.head):   # DDP waits for gradients in autograd's hooks
             layer.accumulates = not sends or layer.weight in run.experts
-        if steady and run.records and not sends:
-            loss = replay(run, tokens, targets, len(mine))
-        else:
-            with graph_memory(run):
-                loss = micro_batch(run, tokens, targets, len(mine))
+        loss = (replay if steady and run.records else micro_batch)(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
@@ -352,10 +348,10 @@ def micro_batch(run, tokens, targets, count):
 
 
 def records(run):
-    """Return whether micro-batches become CUDA graphs: on GPUs, if they do not wait for the host. (Experts on
-    several ranks do, and those that run layer by layer under a recipe: for their numbers of rows.)"""
+    """Return whether micro-batches become CUDA graphs: on one GPU, if they do not wait for the host. (Experts
+    that run layer by layer under a recipe do, for their numbers of rows.)"""
     waits = any(block.router and block.qkv.recipe and not block.fused for block in run.model.blocks)
-    return run.ranks.device.type == "cuda" and not run.c.eager and not run.experts and not waits
+    return run.ranks.device.type == "cuda" and run.ranks.world == 1 and not run.c.eager and not waits
 
 
 def keeps_places(run):
@@ -392,11 +388,6 @@ def record(run, tokens, targets, count):
         loss = micro_batch(run, tokens, targets, count)
     return SimpleNamespace(tokens=tokens, targets=targets, replay=graph.replay, loss=loss, loads=getattr(
         run.model, "loads", None), memory=partial(torch.cuda.use_mem_pool, pool))
-
-
-def graph_memory(run):
-    """Let what is not recorded use the memory of the graph, which is free between micro-batches."""
-    return run.graph.memory() if run.graph else nullcontext()
 
 
 def evaluate(run, gradient=False):
@@ -456,7 +447,7 @@ def loop(run, log, saver):
                 group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
-        with graph_memory(run):
+        with run.graph.memory() if run.graph else nullcontext():   # it is free between micro-batches
             health = scale_health(run, *last_batch) if logging else {}
         norm = gradient_norm(run)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
@@ -550,7 +541,7 @@ def start(c):
     if reporting:   # then every rank has all weights
         c.shard, c.eager, c.expert_parallel = False, True, 1
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
-    if ranks.device.type == "cuda" and not c.eager:
+    if ranks.device.type == "cuda" and ranks.world == 1 and not c.eager:
         torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
     return ranks, saved
 

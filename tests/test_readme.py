@@ -127,15 +127,18 @@ def log_of(name, **config):
     return records
 
 
-NAMES = {"124m": "124m", "1b": "1b", "1b-long": "1b", "moe-1b": "moe-1b", "124m-tokens": "124m",
-         "124m-muon": "124m", "smollm2": "SmolLM2"}   # of models, by those of the logs
+MODELS = {   # in the tables of RESULTS.md, by the names of the logs: how it is called, and its options
+    **{runs: (f"`{name}`", {"model": name}) for runs, name in (
+        ("124m", "124m"), ("1b", "1b"), ("1b-long", "1b"), ("moe-1b", "moe-1b"), ("124m-tokens", "124m"))},
+    **{f"{name}-muon": (f"`{name}` with Muon", {"model": name, "optimizer": "muon"}) for name in ("124m", "1b")},
+    "20m": ("20M", {"model": "124m", "layers": 3}), "smollm2": ("SmolLM2", {"init": "smollm2"})}
 
 
 def losses_of_seeds(runs, steps):
     """Return {first cell of a row: losses of its seeds} of a table that equals the logs of these runs."""
-    preset, table = NAMES[runs], {}
+    (model_name, options), table = MODELS[runs], {}
     suffixes = {"": "", ", again": "-again", ", fprop promoted every 512 of K": "-aside"}
-    tables = re.split(rf"\| `?{preset}`?, {steps:,} steps \|", RESULTS)
+    tables = RESULTS.split(f"| {model_name}, {steps:,} steps |")
     header, _, *rows = tables[1].split("\n\n")[0].splitlines()
     for row in rows:
         what, *cells, mean, spread = (cell.strip() for cell in row[1:-1].split("|"))
@@ -143,9 +146,7 @@ def losses_of_seeds(runs, steps):
         losses, name = [], f"{runs}-{recipe}{suffixes[addition]}"
         for seed, cell in zip(re.findall(r"seed (\d+)", header), cells, strict=True):
             if cell:   # else it was not run
-                options = dict(fp8=recipe, seed=int(seed), steps=steps)
-                options |= {"init": "smollm2"} if runs == "smollm2" else {"model": preset}
-                log = log_of(f"{name}-{seed}", **options)
+                log = log_of(f"{name}-{seed}", fp8=recipe, seed=int(seed), steps=steps, **options)
                 losses.append(log[-1]["val_loss"])
                 assert cell == f"{losses[-1]:.4f}" and ("changed" in log[0]) == ("-aside" in name)
         assert mean == (f"{statistics.mean(losses):.4f}" if len(losses) == len(cells) else ""), what
@@ -156,7 +157,7 @@ def losses_of_seeds(runs, steps):
 
 @pytest.mark.parametrize("runs, steps, rows", [
     ("124m", 1500, 5), ("1b", 500, 8), ("1b-long", 1500, 3), ("moe-1b", 1000, 2), ("124m-tokens", 1000, 2),
-    ("124m-muon", 500, 2), ("smollm2", 200, 2)])
+    ("124m-muon", 500, 4), ("1b-muon", 400, 2), ("20m", 600, 5), ("smollm2", 200, 2)])
 def test_the_losses_of_seeds_are_those_of_the_logs_whose_scales_were_never_too_small(runs, steps, rows):
     assert len(losses_of_seeds(runs, steps)) == rows
 
