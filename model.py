@@ -359,8 +359,9 @@ def mixture(block, x):
     (`exchange` and `blank` are for experts on several ranks; they return what they get otherwise.)"""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
     score, chosen = block.router(n)                                                       # (T, top_k)
-    r, ranks = route_in(block, chosen, 128 if block.gate_up.recipe else 1), block.ranks
+    ranks = block.ranks
     n, p = (exchange(z, of_all, sum_of_all, ranks) for z in (n, shares(score)))           # of all ranks
+    r = route_in(block, chosen, 128 if block.gate_up.recipe else 1)
     h = block.gate_up(blank(Move.apply(n, r.token, r.row), ranks), r.groups)              # (R, 2 ffn)
     a = compiled_swiglu(h) * blank(r.in_rows(p), ranks)[:, None]                          # (R, ffn)
     y = blank(block.down(a.to(x.dtype), r.groups), ranks)                                 # (R, d)
@@ -538,12 +539,13 @@ def exchange(x, there, back, ranks):
 
 def route_in(block, chosen, align=128):
     """Return the Routes of the chosen experts (T, top_k). If experts are spread, they lead from the tokens of
-    all ranks to the experts of this one. The host waits to know how many rows that takes. One row more, the
-    last, stands for all choices of experts elsewhere: it is made zero, and no product reads it."""
+    all ranks to the experts of this one. The host waits to know how many rows that takes (so launch before
+    what does not need to know). One row more, the last, stands for all choices of experts elsewhere: it is
+    made zero, and no product reads it."""
     if block.ranks is None:
         return route(chosen, block.config.experts, align)
-    E = block.gate_up.experts
-    load = chosen.flatten().bincount(minlength=block.config.experts).float()
+    E, experts = block.gate_up.experts, torch.arange(block.config.experts, device=chosen.device)
+    load = (chosen.flatten()[:, None] == experts).sum(0).float()   # bincount would wait as well
     here = of_all(chosen, block.ranks) - E * block.ranks.rank()
     r = route(torch.where((here >= 0) & (here < E), here, E), E + 1, align)   # those elsewhere come last
     used = int(r.groups.first[E])
@@ -555,7 +557,7 @@ def route_in(block, chosen, align=128):
 
 def blank(x, ranks):
     """Return x (R, ...) with zeros in the last row, if experts are spread."""
-    return x if ranks is None else x.index_fill(0, torch.tensor([len(x) - 1], device=x.device), 0)
+    return x if ranks is None else F.pad(x[:-1], (0, 0) * (x.dim() - 1) + (0, 1))
 
 
 def add_rows(x, rows, add, ranks):
@@ -661,9 +663,10 @@ class FusedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
         score, chosen = block.router(block.norm2(x))                                      # (T, top_k)
-        r = route_in(block, chosen)
-        p = r.in_rows(of_all(shares(score), block.ranks))                                 # (R,)
+        p = of_all(shares(score), block.ranks)                                            # (T, top_k)
         x_q = quantized_of_all(block.norm2(x, quantize_norm), block.ranks)                # (T, d)
+        r = route_in(block, chosen)
+        p = r.in_rows(p)                                                                  # (R,)
         h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
         a_q, h_q = quantize_swiglu(h, p)                                             # (R, ffn), (R, 2 ffn)
         y = matmul(a_q, block.down.w, x.dtype, groups=r.groups)                           # (R, d)
@@ -889,9 +892,11 @@ def shares_lost(x, dy, recipe):
 
 @torch.compiler.set_stance("force_eager")
 def watch(model, tokens, targets):
-    """Return `shares_lost` of each FP8 layer in up to 8 blocks, evenly spaced, for the first 512 tokens or so.
-    They run layer by layer, forward and backward, for this alone. Gradients that .grad holds stay."""
-    calls, model.head.accumulates = [], False
+    """Return `shares_lost` of each FP8 layer of up to 8 blocks, evenly spaced, for some 512 tokens. They run
+    layer by layer, forward and backward, for this alone. Gradients that .grad holds stay as they are."""
+    calls = []
+    for layer in (*model.linears(), model.head):
+        layer.accumulates = False   # train.py sets it anew
     blocks = model.blocks[::cdiv(len(model.blocks), 8)]   # all would take 0.4 s at 7B
     hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append((layer.recipe, x[0], y)))   # unfuse
              for layer in blocks.modules() if isinstance(layer, Linear) and layer.recipe]
