@@ -175,7 +175,7 @@ class WeightScales:
         return self.mode == "current" or (self.interval > 0 and step % self.interval == 0)
 
     def update(self, lr, betas, weight_decay: float, step: int, bound=None) -> None:
-        """Move the scales by one optimizer step. Call it once for each that is taken, when `measures` says.
+        """Move the scales by one optimizer step. Call it once for each that is taken (`measures`: when).
 
         lr, betas and the decoupled weight_decay are those of that step, for all weights; `step` is Adam's
         count, from 1. For Muon give its `bound` (n,), muon_step_bound for each, and no betas. The host does
@@ -275,7 +275,7 @@ class FP8AdamW(torch.optim.AdamW):
         for p in group_of if self.factor is not None else ():
             if p.grad is not None:
                 p.grad *= self.factor
-        # PyTorch wraps the step() of every class in calls of hooks. The wrapper of this one has called them.
+        # AdamW's step without the hooks that PyTorch wraps around every step(): those of this one have run
         inspect.unwrap(torch.optim.AdamW.step, stop=lambda f: not hasattr(f, "hooked"))(self)
         for p, gradient in gradients.items():
             p.grad = gradient

@@ -10,7 +10,7 @@ All arithmetic here is exact except the one rounding. It takes only two kinds of
 power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 below 8 has
 log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
 
-Training calls `cast`, `uncast`, `pow2` and `floor_log2`; the rest explains. No gradient passes a rounding.
+`moss` calls `cast`, `uncast`, `pow2` and `floor_log2`; the rest explains. No gradient passes a rounding.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 for E4M3 and E5M2.
 

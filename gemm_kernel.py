@@ -8,7 +8,7 @@ the summed axis, last and contiguous: Hopper's FP8 tensor cores read no other la
 K, the product of every 32 or 128 of K must be multiplied by its scales before it is added to the sum.
 Ordinary FP32 instructions do that, and the tensor cores wait for them. Other scales leave the sum:
 
-    Y[m, n] = scale_a[m] scale_b[n] sum_k Q_a[m, k] Q_b[n, k]
+    Y[m, n] = scale_a[m] scale_b sum_k Q_a[m, k] Q_b[n, k]
 
 Then the main loop over K is work for the tensor cores alone. The scales are applied once, after the loop, in
 the *epilogue* (MOSS, arXiv 2511.05811). microscale.py says why one scale per row is enough for `moss`.
@@ -76,7 +76,7 @@ def grouped_reference(a, b, groups, way):
 def matmul(a, b, out_dtype=torch.bfloat16, promote=False, add=None, out=None, groups=None, way="fprop"):
     """Multiply Quantized a (M, K), b (N, K) -> (M, N) in the fastest way this device has. It has no gradient.
 
-    promote   move the upper half of the tensor core's running sum to FP32 every 2048 of K
+    promote   move the upper 16 bits of the running sum out of the tensor core every 2048 of K (`promote`)
     add, out  (M, N): a residual to add, and where to write, in the dtype of `out`; add = out accumulates
     groups    multiply each group of rows by a matrix of its own, as `grouped_reference`; way: which product
 
@@ -96,8 +96,8 @@ def kernel_can_multiply(a, b, groups=None, way="fprop"):
     """Tell if there are FP8 numbers, with scales that the kernel applies after its loop over K or in it."""
     fp8 = all(q.data.numel() and q.data.dtype in (E4M3.dtype, E5M2.dtype) and q.global_scale is None
               for q in (a, b))
-    leaves = b.scale.numel() == groups.count if groups and way != "wgrad" else b.block == (ALL, ALL)
-    after = a.block in ((1, ALL), (ALL, ALL)) and leaves
+    one = b.scale.numel() == groups.count if groups and way != "wgrad" else b.block == (ALL, ALL)
+    after = a.block in ((1, ALL), (ALL, ALL)) and one   # a scale for each row of A, and one for each B
     inside = a.block[0] == 1 and b.block[0] != ALL and a.block[1] == b.block[1] in KERNEL_WIDTHS
     return fp8 and (after or inside and not groups)
 
@@ -229,7 +229,8 @@ def tensor_core_sum(a, b, promote_every=None):
     32 products and the sum so far are aligned to the largest exponent e among them: that of a product is the
     sum of its factors' (of subnormals that of the smallest normal number, 2^-6). Of each, what lies below
     2^(e - 13) is cut off. The rest is added exactly, and its first 14 bits are the new sum.
-    After `promote_every` of K the sum is added to one in FP32, and starts anew.
+    After `promote_every` of K the sum is added to one in FP32, and starts anew. (The kernel below leaves the
+    sum's lower 16 bits where they are.)
     """
     q_a, q_b = uncast(a.data), uncast(b.data)
     e_a, e_b = (floor_log2(q).clamp(min=E4M3.emin).masked_fill(q == 0, EXPONENT_OF_ZERO) for q in (q_a, q_b))
@@ -302,7 +303,7 @@ if HAS_TRITON:
                     they are applied once, at the end: scale_a (M) if A_PER_ROW else (1), scale_b (1).
         PROMOTE     0: the tensor core keeps the sum; p: the sum is promoted every p x BLOCK_K of K.
         PARTS       the tile leaves through shared memory in halves or quarters, which fit beside A and B.
-        ADDS        the L2 cache adds the tile to C. Each number gets one addend: no order is left to chance.
+        ADDS        the L2 cache adds the tile to C. Each number gets one addend: the order plays no part.
         GROUPS      > 0: so many groups of rows, as in `grouped_reference`; WAY is fprop, dgrad or wgrad.
         The tensor memory accelerator (TMA) loads A and B: past their edges zeros, which add nothing.
         """
@@ -404,7 +405,7 @@ if HAS_TRITON:
             c, None if adds else add, *scales, M, N, K, *grouped, way, BLOCK_M, BLOCK_N, BLOCK_K,
             PROGRAMS=sms * programs, IN_LOOP=in_loop, PROMOTE=PROMOTE_EVERY if promote else 0,
             A_PER_ROW=int(a.block[0] == 1), B_ROWS=max(b.block[0], 1), PARTS=parts, ADDS=adds,
-            num_warps=warps, num_stages=stages + adds)
+            num_warps=warps, num_stages=stages + adds)   # one more fits where TMA adds
         return c
 
 

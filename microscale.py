@@ -1,5 +1,5 @@
 """
-Scales: how a tensor becomes FP8. Four recipes, MOSS's two levels, and why one scale per token is left.
+Scales: how a tensor becomes FP8. Four main recipes, MOSS's two levels, and why a scale per token is enough.
 
     $ python microscale.py    # what each recipe keeps of a tensor; on a GPU also the time of each kernel
 
@@ -34,8 +34,8 @@ Two observations reduce these two levels to one power of two per token:
     if no scale changes along C. So the ss_i of a row have to be folded. That is exact until a number becomes
     subnormal, at some 2^-14 of the row's maximum. `moss` rounds under the row's scale at once: the normal
     numbers are the same, and the others are rounded once, not twice.
-  - ss absorbs any s. With s = 1 the noise changes by less than a dB, no pass over the tensor finds a maximum,
-    no state is carried from step to step, and a token's numbers do not depend on other tokens.
+  - Any s will do: the ss_i make up for it. With s = 1 the noise changes by less than a dB, no pass over the
+    tensor finds a maximum, no state is carried on, and a token's numbers do not depend on other tokens.
 """
 import math
 from dataclasses import dataclass, replace
@@ -190,6 +190,8 @@ class Recipe:
         for name in (self.act_format, self.weight_format, self.grad_format):
             check_name("format", name, FORMATS)
         check_name("rounding", self.rounding, ("nearest_even", "half_away", "stochastic"))
+        check_name("rule", self.rule, (*RULES, "two-level"))
+        check_name("weight_scale", self.weight_scale, ("block", "current", "predicted"))
         even = self.rounding == "nearest_even"
         fp8 = FORMATS[self.act_format].dtype and FORMATS[self.grad_format].dtype
         this = (f"recipe {self.name!r}: rounding {self.rounding}, {self.act_format}, {self.grad_format} in "
@@ -202,7 +204,7 @@ class Recipe:
         if self.weight_scale != "block" and not one:
             raise ValueError(f"{this}: any weight_scale but 'block' needs e4m3, (ALL, ALL), rounded to even")
 
-    # of the two levels, a weight has the first
+    # under two levels a weight has the FP32 scale alone
     weight_rule = property(lambda self: "fp32" if self.rule == "two-level" else self.rule)
 
     def __str__(self):
@@ -229,7 +231,7 @@ def quantize_two_level(x, fmt=E4M3, global_scale=None):
     s = scale_from_amax(block_amax(x, (ALL, ALL)), fmt, "fp32") if global_scale is None else global_scale
     s = torch.as_tensor(s, dtype=torch.float32, device=x.device).detach()
     x = x.float() / s
-    if global_scale is None:  # if s was rounded down, the largest s_i / s is above 1 by a hair: not ss = 2
+    if global_scale is None:  # if s was rounded down, a number exceeds 448 by a hair, and would make ss = 2
         x = x.clamp(-fmt.max, fmt.max)
     return replace(quantize(x, fmt, (1, 32), "up"), global_scale=s)
 
@@ -821,7 +823,7 @@ def examples(R=512, C=1024, heads=8):
             "dY of qkv": dqkv.permute(2, 0, 1, 3).flatten(1)}
 
 
-def move(x):
+def transpose_tokens(x):
     """Return X^T (C, R) of `moss`, under one scale: the scaling-aware transpose."""
     q = QUANTIZERS["moss"](x)
     common = q.scale.amax().view(1, 1)
@@ -842,7 +844,7 @@ TABLES = [
     ("""3. Folding: share of values changed, energy of the change. SQNR of X^T, if both axes are summed over:
    "once" from X; "twice" from the quantized X, quantized again; "moved", its FP8 numbers under one scale""",
      {"folded": lambda x: "{:.2%} {:.0e}".format(*map(float, fold_loss(x))),
-      "moved": lambda x: score(x.t(), move(x)),
+      "moved": lambda x: score(x.t(), transpose_tokens(x)),
       "2^k, twice": lambda x, q=QUANTIZERS["s = 1"]: score(x.t(), q(q(x).dequantize().t())),
       "FP32, once": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(x.t())),
       "FP32, twice": lambda x, q=QUANTIZERS["group"]: score(x.t(), q(q(x).dequantize().t()))},

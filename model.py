@@ -14,8 +14,9 @@ mixture of experts, a block has many gate_up and down; a router chooses a few of
 Mistral (while its window is no shorter than the sequence) and OLMo 1 are such decoders: "Models of others".
 
 Most recipes quantize layer by layer what norm, attention or SwiGLU has computed. In "The dataflow of moss"
-below, the kernel that computes a number also quantizes it, if it can. It saves for the backward pass in FP8
-the inputs of the linear layers and [gate, up], in BF16 those of both halves, q, k, v and attention's output.
+below, the kernel that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8
+the inputs of the linear layers and [gate, up]; in BF16 the inputs of both halves of a block, q, k, v and the
+output of attention.
 """
 import json
 import shutil
@@ -115,7 +116,7 @@ class Linear(nn.Module):
             nn.init.normal_(self.weight, std=std)
         self.name, self.recipe, self.experts = name, recipe, experts
         self.copies = self.made_of = None   # FP8 (W, W^T), and which weight they were made of
-        self.accumulates = False   # `moss`, head: they add to weight.grad; hooks of autograd do not see it
+        self.accumulates = False   # True: the backward of `moss`, and of the head, adds to weight.grad itself
 
     def forward(self, x, groups=None):
         if groups:
@@ -127,16 +128,16 @@ class Linear(nn.Module):
     def requantize(self, scale=None):
         """Make the FP8 copies. `scale`, float32, is for recipes with one per matrix. None: measure it."""
         if self.recipe:
-            given, weight = self.recipe.weight_scale != "block", self.weight.detach()
-            if given and scale is None and self.experts:   # one for each
+            per_matrix, weight = self.recipe.weight_scale != "block", self.weight.detach()
+            if per_matrix and scale is None and self.experts:   # one for each
                 amax = block_amax(weight, (len(weight) // self.experts, ALL))
                 scale = scale_from_amax(amax, E4M3, self.recipe.weight_rule)
-            scale = scale.detach().view(-1, 1) if given and scale is not None else None
+            scale = scale.detach().view(-1, 1) if per_matrix and scale is not None else None
             self.set_copies(quantize_weight(weight, self.recipe, scale))
 
     def set_copies(self, copies):
         """Take FP8 (W, W^T) as copies of the weight as it is now."""
-        w = self.weight   # w.detach() keeps the memory, so that no later weight gets its address
+        w = self.weight   # w.detach() keeps its memory from being given to a later weight
         self.copies, self.made_of = copies, (w, w.detach(), w._version)
 
     def is_current(self):
@@ -268,7 +269,7 @@ class Block(nn.Module):
         self.gate_up = Linear(config.d, 2 * config.ffn, recipe, f"{name}.gate_up", experts=config.experts)
         self.down = Linear(config.ffn, config.d, recipe, f"{name}.down", small, config.experts)
         self.router = Router(config) if config.experts else None
-        self.ranks = None   # the process group over which its experts are spread
+        self.peers = None   # the process group over which its experts are spread
 
     def forward(self, x, cos, sin):
         """Return the output (B, T, d); of a mixture also how many tokens each expert got, (experts,)."""
@@ -359,13 +360,13 @@ def mixture(block, x):
     (`exchange` and `blank` are for experts on several ranks; they return what they get otherwise.)"""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
     score, chosen = block.router(n)                                                       # (T, top_k)
-    ranks = block.ranks
-    n, p = (exchange(z, of_all, sum_of_all, ranks) for z in (n, shares(score)))           # of all ranks
+    peers = block.peers
+    n, p = (exchange(z, of_all, sum_of_all, peers) for z in (n, probabilities(score)))    # of all ranks
     r = route_in(block, chosen, 128 if block.gate_up.recipe else 1)
-    h = block.gate_up(blank(Move.apply(n, r.token, r.row), ranks), r.groups)              # (R, 2 ffn)
-    a = compiled_swiglu(h) * blank(r.in_rows(p), ranks)[:, None]                          # (R, ffn)
-    y = blank(block.down(a.to(x.dtype), r.groups), ranks)                                 # (R, d)
-    y = exchange(Move.apply(y, r.row, r.token), sum_of_all, of_all, ranks)                # (T, d)
+    h = block.gate_up(blank(Move.apply(n, r.token, r.row), peers), r.groups)              # (R, 2 ffn)
+    a = compiled_swiglu(h) * blank(r.in_rows(p), peers)[:, None]                          # (R, ffn)
+    y = blank(block.down(a.to(x.dtype), r.groups), peers)                                 # (R, d)
+    y = exchange(Move.apply(y, r.row, r.token), sum_of_all, of_all, peers)                # (T, d)
     return x + y.view_as(x), r.load
 
 
@@ -400,7 +401,7 @@ def choose(x, weight, bias, top_k):
     return score.gather(1, chosen), chosen
 
 
-def shares(score):
+def probabilities(score):
     """Return p of the chosen scores (T, top_k)."""
     return score / score.sum(1, keepdim=True)
 
@@ -409,7 +410,7 @@ def shares(score):
 def router_gradient(dp, score, chosen, x, weight):
     """Return the gradients of x (T, d) and W (E, d) from dp (T, top_k), that of p. With S the sum of scores,
     d score = (dp - sum(dp p)) / S, and d(W x) = d score score (1 - score)."""
-    p, total = shares(score), score.sum(1, keepdim=True)
+    p, total = probabilities(score), score.sum(1, keepdim=True)
     d_score = (dp - (dp * p).sum(1, keepdim=True)) / total
     dz = score.new_zeros(len(x), len(weight)).scatter(1, chosen, d_score * score * (1 - score))
     return (dz @ weight.float()).to(x.dtype), (dz.t() @ x.float()).to(weight.dtype)
@@ -494,47 +495,47 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def spread_experts(model, ranks):
+def spread_experts(model, peers):
     """Leave to each rank of a process group its experts, in order, of all that it has now."""
     for block in model.blocks:
-        block.ranks = ranks
+        block.peers = peers
         for layer in (block.gate_up, block.down):
-            layer.experts //= ranks.size()
-            layer.weight.data = layer.weight.data.chunk(ranks.size())[ranks.rank()].clone()
+            layer.experts //= peers.size()
+            layer.weight.data = layer.weight.data.chunk(peers.size())[peers.rank()].clone()
 
 
-def of_all(x, ranks):
+def of_all(x, peers):
     """Return the rows of all ranks (n T, ...), one rank's after the other's, of x (T, ...)."""
-    if ranks is None:
+    if peers is None:
         return x
-    out = x.new_empty(ranks.size() * len(x), *x.shape[1:])
-    all_gather(out.view(torch.uint8), x.contiguous().view(torch.uint8), group=ranks)   # they know no FP8
+    out = x.new_empty(peers.size() * len(x), *x.shape[1:])
+    all_gather(out.view(torch.uint8), x.contiguous().view(torch.uint8), group=peers)   # they know no FP8
     return out
 
 
-def sum_of_all(x, ranks):
+def sum_of_all(x, peers):
     """Return the sums over the ranks of those rows (T, ...) of x (n T, ...) that are this rank's."""
-    if ranks is None:
+    if peers is None:
         return x
-    out = x.new_empty(len(x) // ranks.size(), *x.shape[1:])
-    reduce_scatter(out, x.contiguous(), group=ranks)
+    out = x.new_empty(len(x) // peers.size(), *x.shape[1:])
+    reduce_scatter(out, x.contiguous(), group=peers)
     return out
 
 
 class Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, there, back, ranks):
-        ctx.back = lambda dy: back(dy, ranks)
-        return there(x, ranks)
+    def forward(ctx, x, there, back, peers):
+        ctx.back = lambda dy: back(dy, peers)
+        return there(x, peers)
 
     @staticmethod
     def backward(ctx, dy):
         return ctx.back(dy), None, None, None
 
 
-def exchange(x, there, back, ranks):
-    """Return there(x, ranks), whose gradient is back(dy, ranks). of_all and sum_of_all are each other's."""
-    return x if ranks is None else Exchange.apply(x, there, back, ranks)
+def exchange(x, there, back, peers):
+    """Return there(x, peers), whose gradient is back(dy, peers). of_all and sum_of_all are each other's."""
+    return x if peers is None else Exchange.apply(x, there, back, peers)
 
 
 def route_in(block, chosen, align=128):
@@ -542,11 +543,11 @@ def route_in(block, chosen, align=128):
     all ranks to the experts of this one. The host waits to know how many rows that takes (so launch before
     what does not need to know). One row more, the last, stands for all choices of experts elsewhere: it is
     made zero, and no product reads it."""
-    if block.ranks is None:
+    if block.peers is None:
         return route(chosen, block.config.experts, align)
     E, experts = block.gate_up.experts, torch.arange(block.config.experts, device=chosen.device)
     load = (chosen.flatten()[:, None] == experts).sum(0).float()   # bincount would wait as well
-    here = of_all(chosen, block.ranks) - E * block.ranks.rank()
+    here = of_all(chosen, block.peers) - E * block.peers.rank()
     r = route(torch.where((here >= 0) & (here < E), here, E), E + 1, align)   # those elsewhere come last
     used = int(r.groups.first[E])
     R = used + align
@@ -555,17 +556,17 @@ def route_in(block, chosen, align=128):
     return Routes(token, row, load, Groups(r.groups.first[:-1], of_tile.clamp(max=E - 1)))
 
 
-def blank(x, ranks):
+def blank(x, peers):
     """Return x (R, ...) with zeros in the last row, if experts are spread."""
-    return x if ranks is None else F.pad(x[:-1], (0, 0) * (x.dim() - 1) + (0, 1))
+    return x if peers is None else F.pad(x[:-1], (0, 0) * (x.dim() - 1) + (0, 1))
 
 
-def add_rows(x, rows, add, ranks):
+def add_rows(x, rows, add, peers):
     """Return `combine` of x (R, C) and `add`; if experts are spread, the sums of all ranks plus `add`."""
-    if ranks is None:
+    if peers is None:
         return combine(x, rows, add)
     x[-1] = 0   # as `blank`, without a copy
-    return add + sum_of_all(combine(x, rows), ranks)
+    return add + sum_of_all(combine(x, rows), peers)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -663,8 +664,8 @@ class FusedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, router_weight, gate_up_weight, down_weight, block):
         score, chosen = block.router(block.norm2(x))                                      # (T, top_k)
-        p = of_all(shares(score), block.ranks)                                            # (T, top_k)
-        x_q = quantized_of_all(block.norm2(x, quantize_norm), block.ranks)                # (T, d)
+        p = of_all(probabilities(score), block.peers)                                     # (T, top_k)
+        x_q = quantized_of_all(block.norm2(x, quantize_norm), block.peers)                # (T, d)
         r = route_in(block, chosen)
         p = r.in_rows(p)                                                                  # (R,)
         h = matmul(take(x_q, r.token), block.gate_up.w, x.dtype, groups=r.groups)         # (R, 2 ffn)
@@ -674,7 +675,7 @@ class FusedMixture(torch.autograd.Function):
                               r.groups.of_tile, *(t for q in (x_q, h_q, a_q) for t in (q.data, q.scale)))
         ctx.block = block
         ctx.mark_non_differentiable(r.load)
-        return add_rows(y, r.row, x, block.ranks), r.load
+        return add_rows(y, r.row, x, block.peers), r.load
 
     @staticmethod
     @once_differentiable
@@ -682,20 +683,20 @@ class FusedMixture(torch.autograd.Function):
         (x, norm_weight, score, chosen, p, token, row, first, of_tile, *saved) = ctx.saved_tensors
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
         groups, block = Groups(first, of_tile), ctx.block
-        dy_q = take(quantized_of_all(quantize_norm(dz, "none"), block.ranks), token)      # (R, d)
+        dy_q = take(quantized_of_all(quantize_norm(dz, "none"), block.peers), token)      # (R, d)
         da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
-        dp = sum_of_all(blank(dp, block.ranks)[row], block.ranks)                         # (T, top_k)
+        dp = sum_of_all(blank(dp, block.peers)[row], block.peers)                         # (T, top_k)
         dn, dw = router_gradient(dp, score, chosen, block.norm2(x), block.router.weight)
-        c, dx = block.config, add_rows(dx, row, dn, block.ranks)
+        c, dx = block.config, add_rows(dx, row, dn, block.peers)
         dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
         return dx, d_norm, dw if block.router.weight.requires_grad else None, dw_gate_up, dw_down, None
 
 
-def quantized_of_all(q, ranks):
+def quantized_of_all(q, peers):
     """Return the rows of all ranks of Quantized q, which has one scale per row."""
-    return q if ranks is None else Quantized(of_all(q.data, ranks), of_all(q.scale, ranks), q.block)
+    return q if peers is None else Quantized(of_all(q.data, peers), of_all(q.scale, peers), q.block)
 
 
 def take(q, index):
@@ -880,7 +881,8 @@ def shares_lost(x, dy, recipe):
     into a scale per token changes; and ("folded_wgrad") of FP8 dY, that the fold across tokens changes."""
     rows = x.any(1) & dy.any(1)   # one of both is zero where a row fills up those of an expert
     x, dy, x_fmt, dy_fmt = x[rows], dy[rows], FORMATS[recipe.act_format], FORMATS[recipe.grad_format]
-    x_q, dy_q = (quantize(z, fmt, recipe.act_block, recipe.rule) for z, fmt in ((x, x_fmt), (dy, dy_fmt)))
+    x_q, dy_q = (quantize(z, fmt, recipe.act_block, recipe.rule, None, recipe.rounding)
+                 for z, fmt in ((x, x_fmt), (dy, dy_fmt)))
     shares = {"saturated": saturated_share(x, x_q, x_fmt),
               "saturated_grad": saturated_share(dy, dy_q, dy_fmt)}
     if recipe.act_block == (1, ALL):
@@ -921,8 +923,8 @@ def calibrate(model, tokens):
         model(tokens)
         hook.remove()
         x, recipe = seen[0], layer.recipe
-        x_q = quantize(x, FORMATS[recipe.act_format], recipe.act_block, recipe.rule).dequantize()
-        layer.set_copies((diffuse(layer.weight, x, x_q, recipe), layer.copies[1]))
+        x_q = quantize(x, FORMATS[recipe.act_format], recipe.act_block, recipe.rule, None, recipe.rounding)
+        layer.set_copies((diffuse(layer.weight, x, x_q.dequantize(), recipe), layer.copies[1]))
 
 
 def flops_per_token(model):
@@ -957,7 +959,7 @@ def saved_by_block(block, element):
     qkv, out, *hidden, down = [m for m in block.modules() if isinstance(m, Linear)]
     rows = block.config.top_k or 1   # of the experts' products, for each token
     (width, d), ffn = qkv.weight.shape, rows * down.weight.shape[1]
-    copies = rows if not block.fused else block.ranks.size() if block.ranks else 1   # of X for the experts
+    copies = rows if not block.fused else block.peers.size() if block.peers else 1   # of X for the experts
     inputs = d + out.weight.shape[1] + d * copies + ffn   # of the linear layers
     hidden = rows * sum(m.weight.shape[0] // (m.experts or 1) for m in hidden)   # [gate, up]
     saved = element * (3 * d + width)   # the inputs of both halves, the attention output, [q, k, v]

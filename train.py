@@ -129,7 +129,7 @@ class Config:
     eval_only: bool = opt(False, "loss of the newest checkpoint in --out, for each recipe in --fp8 a,b,c")
     calibrate: int = opt(0, "with --eval_only: diffuse errors of weights (GPFQ) on so many tokens", 0)
     sample: str = opt(None, "text (or token ids) for the newest checkpoint in --out to go on with")
-    export: str = opt(None, "folder: write the newest checkpoint in --out for transformers, in BF16")
+    export: str = opt(None, "folder: write the newest checkpoint in --out, or --init, for transformers")
     plot: str = opt(None, "FILE.png: draw the losses of the runs in --out (a,b,c); needs matplotlib")
     bench: bool = opt(False, "time the recipes in --fp8 (a,b,c; default: all) on random tokens")
     given = ()   # no option: the names of those that the command line gave
@@ -250,7 +250,7 @@ def make_optimizer(model, c, mine=lambda p: True):
         return optimizer
     if model.recipe is None or model.recipe.weight_scale != "predicted":
         return torch.optim.AdamW(groups, **options)
-    return FP8AdamW(groups, layers.values(), **options)   # the scales of frozen weights change, too
+    return FP8AdamW(groups, layers.values(), **options)   # frozen ones, too: predictions move their scales
 
 
 def make_scales(model, optimizer, c):
@@ -274,7 +274,7 @@ def requantize(run):
 
 def keep_place(run, layer, before):
     """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
-    if run.records and before:
+    if run.captures and before:
         for place, new in zip(before, layer.copies):
             place.data.copy_(new.data)
             place.scale.copy_(new.scale)
@@ -303,7 +303,7 @@ def update_weights(run, lr, update):
     if measured or not getattr(run.optimizer, "layers", None):   # else FP8AdamW has written the copies
         requantize(run)
     if run.sharded:
-        share(run)
+        send_weights(run)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,14 +322,14 @@ def forward_backward(run, step):
     share of the mean loss, its tokens for each expert (layers, experts), and its last (tokens, targets)."""
     c, ranks, loss_sum = run.c, run.ranks, torch.zeros((), device=run.ranks.device)
     loads = torch.zeros(c.layers, run.model.config.experts, device=ranks.device)
-    mine, steady = range(ranks.rank, c.accum, ranks.world), run.records and keeps_places(run)
+    mine, steady = range(ranks.rank, c.accum, ranks.world), run.captures and keeps_places(run)
     for micro in mine:
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
-        for layer in (*run.model.linears(), run.model.head):   # DDP waits for gradients in autograd's hooks
+        for layer in (*run.model.linears(), run.model.head):   # DDP sends what autograd's hooks have seen
             layer.accumulates = not sends or layer.weight in run.experts
-        loss = (replay if steady and run.records else micro_batch)(run, tokens, targets, len(mine))
+        loss = (replay if steady and run.captures else micro_batch)(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
@@ -347,7 +347,7 @@ def micro_batch(run, tokens, targets, count):
     return loss.detach()
 
 
-def records(run):
+def can_capture(run):
     """Return whether micro-batches become CUDA graphs: on one GPU, if they do not wait for the host. (Experts
     that run layer by layer under a recipe do, for their numbers of rows.)"""
     waits = any(block.router and block.qkv.recipe and not block.fused for block in run.model.blocks)
@@ -368,9 +368,9 @@ def keeps_places(run):
 def replay(run, tokens, targets, count):
     """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel."""
     try:
-        run.graph = run.graph or record(run, tokens.clone(), targets.clone(), count)
+        run.graph = run.graph or capture(run, tokens.clone(), targets.clone(), count)
     except torch.OutOfMemoryError:   # its traceback holds that memory, until here
-        run.records = False
+        run.captures = False
     if not run.graph:
         run.ranks.say("note: there is no memory for a CUDA graph: this run goes on as with --eager")
         return micro_batch(run, tokens, targets, count)
@@ -381,7 +381,7 @@ def replay(run, tokens, targets, count):
     return run.graph.loss
 
 
-def record(run, tokens, targets, count):
+def capture(run, tokens, targets, count):
     """Return the graph: `replay` computes `micro_batch` of what is in tokens and targets then."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
     with torch.cuda.graph(graph, pool.id, torch.cuda.current_stream(), capture_error_mode="thread_local"):
@@ -424,15 +424,15 @@ def train(c):
             ranks.say(f"note: --data had {saved['tokens']} training tokens: windows come in another order")
     stop.in_loop = True   # from here on a signal lets the loop save
     ranks.say(f"step {run.progress.step}/{c.steps}  validation loss {evaluate(run):.4f}")
-    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # writes begin
+    with run_folder(c, ranks, run.progress.step) as log, ThreadPoolExecutor(1) as writer:   # from here on
         return loop(run, log, Saver(run, writer))
 
 
 def gradient_norm(run):
     """Return the norm of the gradients of all parameters, those of experts on other ranks as well."""
-    norm, of_spread = (get_total_norm([p.grad for p in run.trained if p.grad is not None and
-                                       (p in run.experts) == spread]) for spread in (False, True))
-    return (norm.square() + all_reduce(of_spread.square())).sqrt() if run.experts else norm
+    norm, of_experts = (get_total_norm([p.grad for p in run.trained if p.grad is not None and
+                                        (p in run.experts) == spread]) for spread in (False, True))
+    return (norm.square() + all_reduce(of_experts.square())).sqrt() if run.experts else norm
 
 
 def loop(run, log, saver):
@@ -457,7 +457,7 @@ def loop(run, log, saver):
 
         watched = c.spike and len(progress.norms) >= 20
         largest = c.spike * statistics.median(progress.norms) if watched else sys.float_info.max
-        if math.isfinite(loss) and norm_value <= largest:   # a NaN is not
+        if math.isfinite(loss) and norm_value <= largest:   # false for NaN
             in_a_row, progress.norms = 0, [*progress.norms[-99:], norm_value]
             clip(run, norm)
             update_weights(run, lr, step + 1 - progress.skipped)
@@ -472,7 +472,7 @@ def loop(run, log, saver):
                 raise RunError(f"{in_a_row} steps in a row had to be skipped, first {first}: lower --lr or "
                                f"look at the data; {last_good(c.out)}")
         # DDP: the gradients stay in its buckets, one copy. A graph: they stay where it adds to them.
-        model.zero_grad(set_to_none=run.ddp is model and not run.records)
+        model.zero_grad(set_to_none=run.ddp is model and not run.captures)
         progress.step = step = step + 1
         now = time.perf_counter()
 
@@ -594,7 +594,7 @@ def build(c, ranks, saved=None):
     run.mine = lambda p: not run.sharded or run.owner[p] == ranks.rank   # whether this rank steps p
     if run.sharded:
         drop_weights(run)
-    run.records = records(run)
+    run.captures = can_capture(run)
     run.trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = make_optimizer(run.model, c, run.mine)
     run.scales, run.muon_bound = make_scales(run.model, run.optimizer, c), None
@@ -608,7 +608,7 @@ def build(c, ranks, saved=None):
         restore(run, saved)
     requantize(run)
     if run.sharded:
-        share(run)
+        send_weights(run)
     return run
 
 
@@ -1007,7 +1007,7 @@ def exchanged(run):
     sent = d + 4 if run.model.blocks[0].fused else plain        # FP8 and a scale
     return (f"experts {run.model.config.experts // n} of each layer on a rank. It receives, each step, "
             f"{tokens * sent / 1e6:,.1f} MB of tokens and gradients (not in FP8 {tokens * plain / 1e6:,.1f}) "
-            f"and {tokens * plain / 1e6:,.1f} MB of sums")
+            f"and {tokens * plain / 1e6:,.1f} MB of sums, besides 16 bytes for each choice of an expert")
 
 
 def data_parallel(model, device, experts=()):
@@ -1042,10 +1042,10 @@ def drop_weights(run):
     for layer in run.model.linears():
         if layer.recipe and not run.mine(layer.weight):
             layer.weight.data = layer.weight.data.new_zeros(1, 1).expand(layer.weight.shape)
-            layer.requantize()   # copies of zeros: `share` overwrites them
+            layer.requantize()   # copies of zeros: `send_weights` overwrites them
 
 
-def share(run):
+def send_weights(run):
     """Send what the owners have to all ranks, after a step or at the start: quantized weights W in FP8, of
     which each rank makes W^T; all others in FP32."""
     largest = all_reduce(run.scales.scale.clone(), dist.ReduceOp.MAX).split(run.scales.parts)
@@ -1059,9 +1059,8 @@ def share(run):
             dist.broadcast(data.view(torch.uint8), owner)
     for p, layer in layers.items():
         if not run.mine(p):
-            w, before = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1)), layer.copies
+            w = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1))
             layer.set_copies((w, transposed(w)))
-            keep_place(run, layer, before)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1148,7 +1147,7 @@ def write_file(path, state):
     path.parent.mkdir(exist_ok=True)
     torch.serialization.set_crc32_options(False)   # the CRC of the whole file is enough
     torch.save(state, path)
-    with open(path) as f:
+    with open(path, "r+b") as f:   # Windows syncs no file that is open to be read
         os.fsync(f.fileno())
     return path.name, size_and_crc(path)
 
@@ -1389,7 +1388,7 @@ def bench(c):
             update_weights(run, c.lr, step + 1)
             wait()
             times.append((middle - begin, time.perf_counter() - middle))
-            run.model.zero_grad(set_to_none=not run.records)
+            run.model.zero_grad(set_to_none=not run.captures)
         first, second = (1e3 * statistics.median(part) for part in zip(*times[3:]))
         speed = 1e3 * c.accum * c.batch * c.seq / (first + second)
         rows[fp8] = row = {"fwd+bwd ms": first / c.accum, "optimizer ms": second, "tokens/s": speed,

@@ -370,7 +370,7 @@ def test_the_bias_steers_who_is_chosen_and_not_how_much_that_counts():
     router.bias.data[3] = 1
     score, chosen = router(x)
     assert chosen.tolist() == [[3, 0]]
-    torch.testing.assert_close(m.shares(score), torch.tensor([[2 / 7, 5 / 7]]))
+    torch.testing.assert_close(m.probabilities(score), torch.tensor([[2 / 7, 5 / 7]]))
 
 
 def test_balancing_evens_out_the_loads():

@@ -130,7 +130,7 @@ def log_of(name, **config):
 MODELS = {   # in the tables of RESULTS.md, by the names of the logs: how it is called, and its options
     **{runs: (f"`{name}`", {"model": name}) for runs, name in (
         ("124m", "124m"), ("1b", "1b"), ("1b-long", "1b"), ("moe-1b", "moe-1b"), ("124m-tokens", "124m"))},
-    **{f"{name}-muon": (f"`{name}` with Muon", {"model": name, "optimizer": "muon"}) for name in ("124m", "1b")},
+    **{f"{n}-muon": (f"`{n}` with Muon", {"model": n, "optimizer": "muon"}) for n in ("124m", "1b")},
     "20m": ("20M", {"model": "124m", "layers": 3}), "smollm2": ("SmolLM2", {"init": "smollm2"})}
 
 

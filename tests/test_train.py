@@ -1338,20 +1338,20 @@ def test_a_graph_finds_every_tensor_where_it_was_and_trains_as_without(recipe, t
     """On a CPU nothing can be recorded: what a graph would do is done each time."""
     command = f"--accum 2 --steps 5 --eval_every 2 --rescale_interval 2 --fp8 {recipe}"
     run(tiny(command, "eager"))
-    recorded = []
+    captured = []
 
-    def record(run, tokens, targets, count):
+    def capture(run, tokens, targets, count):
         def replay():
             graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
             graph.loads = getattr(run.model, "loads", None)
         graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
                                 memory=nullcontext)
-        recorded.append(graph)
+        captured.append(graph)
         return graph
-    monkeypatch.setattr(train, "record", record)
-    monkeypatch.setattr(train, "records", lambda run: True)
+    monkeypatch.setattr(train, "capture", capture)
+    monkeypatch.setattr(train, "can_capture", lambda run: True)
     run(tiny(command, "graph"))
-    assert len(recorded) == 1
+    assert len(captured) == 1
     assert same_state(tmp_path / "eager", tmp_path / "graph")
 
 
