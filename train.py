@@ -1395,6 +1395,7 @@ def bench(c):
                            **mfu(run.model, speed, device)}
         if gpu:
             row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, "kept GiB": kept / 2**30}
+        if kernels_run_on(device):
             row["limit"] = least_seconds(run, kept) / (first + second) * 1e3
         row["x none"] = rows["none"]["fwd+bwd ms"] / row["fwd+bwd ms"] if "none" in rows else math.nan
         if len(rows) == 1:
