@@ -1,9 +1,5 @@
-"""
-What fp8_formats.py promises. Nearly everything is exact, so nearly every test compares bits: against torch's
-float8 dtypes for the two formats that have one, and against a search of the grid for all six.
-
-    $ python -m pytest tests/test_fp8_formats.py
-"""
+"""What fp8_formats.py promises. Nearly everything is exact, so nearly every test compares bits: against
+torch's float8 dtypes for the two formats that have one, and against a search of the grid for all six."""
 import math
 import sys
 
@@ -17,7 +13,7 @@ from fp8_formats import cast, decode, encode, floor_log2, grid, pow2, round_to_f
 
 ALL = list(fp8_formats.FORMATS.values())
 FP8 = [E4M3, E5M2]
-OTHERS = [fmt for fmt in ALL if fmt not in FP8]
+OTHERS = [fmt for fmt in ALL if fmt not in FP8]   # without codes of Inf and NaN
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -36,29 +32,33 @@ def assert_same(actual, expected):
     assert torch.equal(actual[not_nan].signbit(), expected[not_nan].signbit())
 
 
-def all_16_bit_values(dtype):
-    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-
-
-def random_bits(dtype, count=200_000):
-    """Random bit patterns: every binade, subnormals, and some Inf and NaN"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
-
-
 def ties(fmt):
     """The midpoints between neighbors, and the neighbors: (low, tie, high), exact in float32"""
     low, high = grid(fmt)[:-1], grid(fmt)[1:]
     return low, (low + high) / 2, high
 
 
-def nearest_by_search(x, fmt):
-    """Round to nearest even by looking x up in the grid. A value is even if its index is: index = code."""
+def values_of(dtype, fmt):
+    """All values of 16 bits. Of more: the grid, ties and what is next to them, edges, random bits (of every
+    binade, subnormals, Inf and NaN), and all of that negative."""
+    if dtype.itemsize == 2:
+        return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    # Next to the first tie, half a subnormal step, adding 0.5 and taking the floor would go wrong
+    low, tie, high = (x.to(dtype) for x in ties(fmt))
+    edges = [0, 1e-45, 1e-30, fmt.max, 1.01 * fmt.max, 2 * fmt.max, torch.finfo(dtype).max, math.inf]
+    bits = torch.randint(256, (100_000 * dtype.itemsize,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat((low, tie, tie.nextafter(low), tie.nextafter(high), torch.tensor(edges, dtype=dtype),
+                   bits.to(torch.uint8).view(dtype)))
+    return torch.cat((x, -x))
+
+
+def nearest_by_search(x, fmt, rounding):
+    """Look x up in the grid. A tie goes to an even code, which is the index in the grid, or outwards."""
     values, magnitude = grid(fmt).double(), x.double().abs()
     below = torch.searchsorted(values, magnitude.nan_to_num(0), right=True) - 1
     above = (below + 1).clamp(max=len(values) - 1)
     middle = (values[below] + values[above]) / 2
-    go_up = (magnitude > middle) | ((magnitude == middle) & (below % 2 == 1))
+    go_up = (magnitude > middle) | ((magnitude == middle) & ((below % 2 == 1) | (rounding == "half_away")))
     rounded = torch.where(go_up, values[above], values[below])
     return torch.where(x.isnan(), torch.nan, torch.copysign(rounded, x.double())).to(x.dtype)
 
@@ -74,18 +74,14 @@ def nearest_by_search(x, fmt):
     (E2M1, 4, 1, 2, 6, 1, 2**-1),
     (INT8, 8, 1, 0, 127 / 64, 1, 2**-6),
 ])
-def test_format_numbers_are_those_of_the_specification(fmt, bits, bias, emax, largest, normal, subnormal):
+def test_numbers_and_grid_of_a_format_are_those_of_the_specification(
+        fmt, bits, bias, emax, largest, normal, subnormal):
     assert (fmt.bits, fmt.bias, fmt.emax) == (bits, bias, emax)
     assert (fmt.max, fmt.min_normal, fmt.min_subnormal) == (largest, normal, subnormal)
-
-
-@pytest.mark.parametrize("fmt, exponent_bits, mantissa_bits, bias",
-                         [(E3M2, 3, 2, 3), (E2M3, 2, 3, 1), (E2M1, 2, 1, 1)])
-def test_grid_of_a_small_float_follows_from_its_definition(fmt, exponent_bits, mantissa_bits, bias):
-    subnormal = [2 ** (1 - bias) * fraction / 2**mantissa_bits for fraction in range(2**mantissa_bits)]
-    normal = [2 ** (field - bias) * (1 + fraction / 2**mantissa_bits)
-              for field in range(1, 2**exponent_bits) for fraction in range(2**mantissa_bits)]
-    assert grid(fmt).tolist() == subnormal + normal
+    fractions = [i * subnormal / normal for i in range(round(normal / subnormal))]
+    expected = [normal * x for x in fractions]
+    expected += [2.0**e * (1 + x) for e in range(1 - bias, emax + 1) for x in fractions]
+    assert grid(fmt).tolist() == [x for x in expected if x <= largest]   # beyond it, in E4M3, there is NaN
 
 
 def test_int8_codes_are_twos_complement_and_no_value_becomes_minus_two_or_minus_zero():
@@ -111,46 +107,28 @@ def test_all_256_codes_decode_as_in_torch_and_uncast_from_any_layout(fmt, device
 
 @for_devices
 @for_formats(ALL)
-def test_encode_inverts_decode_and_codes_count_the_grid_upwards(fmt, device):
+def test_encode_inverts_decode_nan_gets_the_all_ones_code_and_codes_count_the_grid_upwards(fmt, device):
     codes = torch.arange(1 << fmt.bits, dtype=torch.uint8, device=device)
     if fmt is INT8:
         codes = codes[codes != 0x80]  # -2, which is off the symmetric grid
     values = decode(codes, fmt)
-    codes, values = codes[~values.isnan()], values[~values.isnan()]
-    assert torch.equal(encode(values, fmt, saturate=False), codes)   # of a float's -0, too
+    nan = values.isnan()
+    assert torch.equal(encode(values[~nan], fmt, saturate=False), codes[~nan])   # of a float's -0, too
+    assert (encode(values[nan], fmt) & 0x7F == 0x7F).all() and nan.any() == fmt.has_nan
     assert encode(grid(fmt), fmt).tolist() == list(range(len(grid(fmt))))
-
-
-@for_formats(ALL)
-def test_nan_gets_the_all_ones_code_and_is_refused_where_there_is_none(fmt):
-    x = torch.tensor([1.0, torch.nan])
-    if fmt.has_nan:
-        assert encode(x, fmt)[1] & 0x7F == 0x7F
-    else:
-        with pytest.raises(ValueError, match="no code for NaN"):
-            encode(x, fmt)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Exponents and E8M0
 
 @for_devices
-@pytest.mark.parametrize("dtype, lowest, highest", [(torch.float32, -149, 127), (torch.float64, -1074, 1023)])
-def test_floor_log2_is_exact_at_powers_of_two_and_next_to_them(dtype, lowest, highest, device):
-    exponents = torch.arange(lowest, highest + 1, dtype=torch.int32, device=device)
-    powers = torch.tensor([math.ldexp(1, e) for e in exponents.tolist()], dtype=dtype, device=device)
-    below = torch.nextafter(powers, torch.zeros_like(powers))[1:]  # below the smallest there is only 0
-    above = torch.nextafter(powers, torch.full_like(powers, torch.inf))[1:]
-    assert torch.equal(floor_log2(powers), exponents)
-    assert torch.equal(floor_log2(-powers), exponents)
-    assert torch.equal(floor_log2(below), exponents[:-1])
-    assert torch.equal(floor_log2(above)[1:], exponents[2:])  # (after 2^-149 comes 2^-148, a power itself)
-
-
-@for_dtypes([torch.float16, torch.bfloat16])
-def test_floor_log2_is_exact_for_every_16_bit_value(dtype):
-    x = all_16_bit_values(dtype)
-    x = x[x.isfinite() & (x != 0)]
+@for_dtypes(DTYPES)
+def test_floor_log2_is_exact_at_every_16_bit_value_at_powers_of_two_and_next_to_them(dtype, device):
+    x = values_of(dtype, INT8)
+    if dtype.itemsize > 2:
+        powers = torch.tensor([2.0**e for e in range(-1074, 1024)], dtype=dtype)   # those below 2^-149 too
+        x = torch.cat((powers, powers.nextafter(0 * powers), powers.nextafter(powers + math.inf), x))
+    x = x[x.isfinite() & (x != 0)].to(device)
     assert floor_log2(x).tolist() == [math.frexp(v)[1] - 1 for v in x.tolist()]
 
 
@@ -169,57 +147,40 @@ def test_pow2_is_exact_and_leaves_the_range_as_zero_and_inf(device):
 
 
 @for_devices
-def test_all_256_e8m0_codes_decode_as_in_torch_and_encode_inverts_decode(device):
+def test_all_256_e8m0_codes_decode_as_in_torch_and_encode_inverts_decode_and_clamps(device):
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     values = fp8_formats.e8m0_decode(codes)
     assert_same(values.cpu(), codes.cpu().view(torch.float8_e8m0fnu).float())
     assert torch.equal(fp8_formats.e8m0_encode(floor_log2(values[:255])), codes[:255])
-
-
-def test_e8m0_clamps_exponents_and_never_becomes_nan():
-    exponents = torch.tensor([-1000, -128, -127, 0, 127, 128, 1000], dtype=torch.int32)
-    assert fp8_formats.e8m0_encode(exponents).tolist() == [0, 0, 0, 127, 254, 254, 254]
+    beyond = torch.tensor([-1000, -128, 128, 1000], dtype=torch.int32, device=device)
+    assert fp8_formats.e8m0_encode(beyond).tolist() == [0, 0, 254, 254]   # never 255, which is NaN
 
 
 # ---------------------------------------------------------------------------------------------------
 # Rounding to nearest
 
 @for_devices
-@for_dtypes([torch.float16, torch.bfloat16])
-@for_formats(FP8)
-def test_every_16_bit_value_rounds_as_torchs_cast_after_a_clamp(fmt, dtype, device):
-    x = all_16_bit_values(dtype).to(device)
-    assert_same(round_to_format(x, fmt), x.clamp(-fmt.max, fmt.max).to(fmt.dtype).to(dtype))
-
-
-@for_dtypes([torch.float32, torch.float64])
+@for_dtypes(DTYPES)   # float64 is rounded once, and not through float32
 @for_formats(ALL)
-def test_random_bits_round_to_the_nearest_value_of_the_grid(fmt, dtype):
-    x = random_bits(dtype)
-    assert_same(round_to_format(x, fmt), nearest_by_search(x, fmt))
+@pytest.mark.parametrize("rounding", ["nearest_even", "half_away"])
+def test_all_goes_to_the_nearest_value_ties_to_even_codes_or_outwards_zeros_keep_their_sign(
+        fmt, rounding, dtype, device):
+    assert_same(grid(fmt).to(dtype).float(), grid(fmt))   # every dtype holds it
+    x = values_of(dtype, fmt)
+    expected = nearest_by_search(x, fmt, rounding).to(device)
+    assert_same(round_to_format(x.to(device), fmt, rounding), expected)
 
 
 @for_devices
-@for_dtypes([torch.float32, torch.float64])   # float64 is rounded once, and not through float32
-@for_formats(ALL)
-@pytest.mark.parametrize("rounding", ["nearest_even", "half_away"])
-def test_ties_go_to_even_codes_or_outwards_and_all_else_to_the_nearer_side(fmt, rounding, dtype, device):
-    low, tie, high = (t.to(device, dtype) for t in ties(fmt))
-    low_is_even = torch.arange(len(low), device=device) % 2 == 0
-    expected = torch.where(low_is_even, low, high) if rounding == "nearest_even" else high
-    assert_same(round_to_format(tie, fmt, rounding), expected)
-    assert_same(round_to_format(-tie, fmt, rounding), -expected)
-    # For the first tie, half a subnormal step, adding 0.5 and taking the floor would get this wrong:
-    assert_same(round_to_format(torch.nextafter(tie, low), fmt, rounding), low)
-    assert_same(round_to_format(torch.nextafter(tie, high), fmt, rounding), high)
-
-
 @for_dtypes(DTYPES)
-@for_formats(ALL)
-def test_every_dtype_holds_every_grid_value(fmt, dtype):
-    values = grid(fmt).to(dtype)
-    assert_same(values.float(), grid(fmt))
-    assert_same(round_to_format(values, fmt), values)
+@for_formats(FP8)
+def test_cast_equals_round_to_format_and_torchs_cast_after_a_clamp_bit_for_bit(fmt, dtype, device):
+    x = values_of(dtype, fmt).to(device)
+    rounded = round_to_format(x, fmt)
+    assert cast(x, fmt).dtype == fmt.dtype
+    assert_same(cast(x, fmt).to(dtype), rounded)
+    if dtype != torch.float64:   # which torch rounds twice
+        assert_same(x.clamp(-fmt.max, fmt.max).to(fmt.dtype).to(dtype), rounded)
 
 
 def test_a_power_of_two_scale_adds_range_to_a_float_and_precision_to_an_integer():
@@ -300,29 +261,8 @@ def test_nan_stays_nan(fmt, rounding, saturate, device):
     assert round_to_format(torch.tensor([torch.nan], device=device), fmt, rounding, saturate).isnan().all()
 
 
-@for_devices
-@for_formats(ALL)
-@pytest.mark.parametrize("rounding", ["nearest_even", "half_away"])
-def test_zeros_and_what_rounds_to_zero_keep_their_sign(fmt, rounding, device):
-    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-45, -1e-45], device=device)  # 1e-45: a float32 subnormal
-    assert_same(round_to_format(x, fmt, rounding), torch.tensor([0.0, -0.0] * 3, device=device))
-
-
 # ---------------------------------------------------------------------------------------------------
-# The fast path, arguments, shapes, and the script
-
-@for_devices
-@for_dtypes([torch.float32, torch.float64])
-@for_formats(FP8)
-def test_cast_equals_round_to_format_bit_for_bit(fmt, dtype, device):
-    low, tie, high = (t.to(dtype) for t in ties(fmt))
-    edges = torch.tensor([0.0, fmt.max, 1.01 * fmt.max, 2 * fmt.max, torch.inf, torch.nan], dtype=dtype)
-    near_ties = [tie, torch.nextafter(tie, low), torch.nextafter(tie, high)]
-    x = torch.cat([edges, *near_ties, random_bits(dtype)]).to(device)
-    x = torch.cat([x, -x])
-    assert cast(x, fmt).dtype == fmt.dtype
-    assert_same(cast(x, fmt).to(dtype), round_to_format(x, fmt))
-
+# Arguments, shapes, and the script
 
 @pytest.mark.parametrize("error, match, call", [
     (ValueError, "nearest_even", lambda: round_to_format(torch.ones(1), E4M3, rounding="down")),
@@ -331,8 +271,10 @@ def test_cast_equals_round_to_format_bit_for_bit(fmt, dtype, device):
     (TypeError, "int64", lambda: floor_log2(torch.tensor([1, 2, 3]))),
     (TypeError, "uint8", lambda: decode(torch.tensor([1, 2, 3]), E4M3)),
     (TypeError, "float8_e4m3fn or float8_e5m2.*float32", lambda: fp8_formats.format_of(torch.zeros(2))),
-    *((ValueError, "round_to_format", lambda fmt=fmt: cast(torch.ones(1), fmt)) for fmt in OTHERS)])
-def test_unknown_roundings_and_other_dtypes_and_formats_are_refused(error, match, call):
+    *((ValueError, "round_to_format", lambda fmt=fmt: cast(torch.ones(1), fmt)) for fmt in OTHERS),
+    *((ValueError, "no code for NaN", lambda fmt=fmt: encode(torch.tensor([1, math.nan]), fmt))
+      for fmt in OTHERS)])
+def test_unknown_roundings_other_dtypes_and_formats_and_nan_without_a_code_are_refused(error, match, call):
     with pytest.raises(error, match=match):
         call()
 
