@@ -20,7 +20,6 @@ HALVES = [(7, 1), (5, 48), (3, 1024), (2, 4100)]   # R, F: the kernels of SwiGLU
 BLOCKS = [((1, 32), "floor"), ((1, 32), "up"), ((1, 128), "fp32"), ((1, ALL), "up"), ((1, ALL), "fp32")]
 
 each_format = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 each_recipe = pytest.mark.parametrize("recipe", [*filter(None, RECIPES.values())], ids=str)
 
 
@@ -189,7 +188,7 @@ def test_error_diffusion_makes_up_for_what_the_weights_before_have_lost():
     assert q[0, :4].tolist() == [1.0, 1.0, 1.5, 1.0]   # sums 1.2, 2.2, 3.4, 4.4: owed 0.2, 0.2, 0.4 + ...
 
 
-@every_format
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("rule", ["floor", "up"])
 def test_a_block_is_that_of_the_specification_of_mx(fmt, rule):
     """OCP MX v1.0, 6.3: the scale is 2^(floor(log2 max|x|) - emax); elements are the nearest numbers, ties to
@@ -631,8 +630,7 @@ REFUSED = {   # each message names the value and what it has to be
     "rounding half_away": lambda: replace(RECIPES["moss"], rounding="half_away"),
     "predicted.* rounded to even": lambda: replace(RECIPES["moss-exact"], rule="up", rounding="half_away"),
     "format 'fp4' is unknown": lambda: replace(RECIPES["mx"], act_format="fp4"),
-    r"'mine'.*\(128, 128\).*predicted":
-        lambda: replace(RECIPES["group"], name="mine", weight_scale="predicted"),
+    r"'group'.*\(128, 128\).*predicted": lambda: replace(RECIPES["group"], weight_scale="predicted"),
     r"weight has .*\(32,\).*\(64,\)": lambda: ms.quantize_norm(X, "rms", torch.ones(32)),
     r"row_factor.*\(4, 1\)": lambda: ms.transpose(in_fp8(X).data, torch.ones(1, 4)),
     "q has .*float32: .*float8_e4m3fn or torch.float8_e5m2": lambda: ms.transpose(X),
