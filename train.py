@@ -269,16 +269,11 @@ def requantize(run):
         if run.mine(layer.weight):
             before = layer.copies
             layer.requantize(run.scale_of.get(layer.weight))
-            keep_place(run, layer, before)
-
-
-def keep_place(run, layer, before):
-    """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
-    if run.captures and before:
-        for place, new in zip(before, layer.copies):
-            place.data.copy_(new.data)
-            place.scale.copy_(new.scale)
-        layer.set_copies(before)
+            if run.captures and before:   # a CUDA graph reads them where those before were
+                for place, new in zip(before, layer.copies):
+                    place.data.copy_(new.data)
+                    place.scale.copy_(new.scale)
+                layer.set_copies(before)
 
 
 def clip(run, norm):
@@ -864,10 +859,9 @@ def encode(text, run):
     ranks, dtype = run.ranks, np.dtype(np.uint32)
     path = token_cache(text.files, run.tokenizer, f"{os.path.abspath(run.c.out)}.tokens")
     if ranks.rank == 0:
-        error = ""
-        if not path.exists():
-            error = attempt(write_tokens, path, text.files, run.tokenizer, dtype, ranks.say)[1] or ""
-        ranks.store.set(path.name, error)
+        write = partial(write_tokens, path, text.files, run.tokenizer, dtype, ranks.say)
+        error = None if path.exists() else attempt(write)[1]
+        ranks.store.set(path.name, error or "")
     ranks.store.wait([path.name], timedelta(days=7))   # a collective would not wait for hours
     error = ranks.store.get(path.name).decode()
     need(not error, f"--tokenizer {run.c.tokenizer}: {path} cannot be written: {error}")
@@ -1161,8 +1155,8 @@ def read_manifest(path, ranks):
     """Return the content of a manifest. Raise what is wrong with it or the files that this rank checks."""
     manifest = json.loads((path / "manifest.json").read_text())
     content = manifest["content"]
-    checksum = zlib.crc32(json.dumps(content).encode())
-    need(checksum == manifest["checksum"], "the checksum of its manifest is wrong", ValueError)
+    need(zlib.crc32(json.dumps(content).encode()) == manifest["checksum"],
+         "the checksum of its manifest is wrong", ValueError)
     need(content["step"] == int(path.name[5:]), f"it is of step {content['step']}", ValueError)
     for name, written in list(content["files"].items())[ranks.rank::ranks.world]:
         need(size_and_crc(path / name) == written, f"{name} is not what was written", ValueError)
