@@ -31,9 +31,8 @@ paper has blocks X_i of 32 neighbors along C, and a scale of the whole tensor (`
 Two observations reduce these two levels to one power of two per token:
 
   - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
-    if no scale changes along C. So the ss_i of a row have to be folded. That is exact until a number becomes
-    subnormal, at some 2^-14 of the row's maximum. `moss` rounds under the row's scale at once: the normal
-    numbers are the same, and the others are rounded once, not twice.
+    if no scale changes along C. So the ss_i of a row have to be folded. That rounds again what becomes
+    subnormal, at some 2^-14 of the row's maximum. `moss` rounds once, under the row's scale.
   - Any s will do: the ss_i make up for it. With s = 1 the noise changes by less than a dB, no pass over the
     tensor finds a maximum, no state is carried on, and a token's numbers do not depend on other tokens.
 """
@@ -69,8 +68,7 @@ class Quantized:
 
     `block` is (br, bc), ALL the whole axis; a last block may be smaller. `scale` has a number for each block,
     float32, or float8_e8m0fnu (one byte) for powers of two of small blocks. `global_scale`, one float32, is
-    the paper's first level. ValueError for other shapes. No gradient passes.
-    """
+    the paper's first level. ValueError for other shapes. No gradient passes."""
     data: torch.Tensor
     scale: torch.Tensor
     block: tuple
@@ -147,7 +145,6 @@ def scale_from_amax(amax, fmt, rule):
 
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
     """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
-    C is the axis that will be summed over. For another axis, of n, pass x.movedim(axis, -1).reshape(-1, n).
     x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it."""
     if rule == "two-level" and scale is None:
         return quantize_two_level(x, fmt)
@@ -381,9 +378,8 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
-    """Quantize x (R, C), as `quantize_reference`. A given `scale` (1, 1) is that of the whole tensor, (E, 1)
-    those of E groups of R / E rows. Left to PyTorch are two levels, other roundings, blocks of 128 x 128,
-    which only weights have, widths not in KERNEL_WIDTHS, and rows of formats that are not FP8."""
+    """Quantize x (R, C), as `quantize_reference`, where there is no kernel for it. A given `scale` (1, 1) is
+    that of the whole tensor, (E, 1) those of E groups of R / E rows."""
     expect("x", x, (None, None), "rows that products sum along")
     groups = 1 if scale is None else math.gcd(len(x), len(scale))   # len(scale) if that divides the rows
     expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))
@@ -428,8 +424,7 @@ def quantize_swiglu_gradient(h, da, p=None):
 
     The scale is that of a bound, known before any sigmoid is taken: |d gate| <= 1.1 |da up|, for no slope of
     silu is steeper, and |d up| <= |da gate|. Mostly it is 1, 2 or 4 times that of the maximum, which costs no
-    precision. (Where all gates of a row are far below zero, the gradient is next to nothing, and becomes 0.)
-    """
+    precision. (Where all gates of a row are far below zero, gradients are next to nothing, and become 0.)"""
     expect("da", da, (len(h.data), None), "a gradient for each row of h")
     expect("h", h.data, (None, 2 * da.shape[1]), "[gate, up], twice as wide as da", (E4M3.dtype, E5M2.dtype))
     expect("p", p, h.data.shape[:1], "one for each row of h", (torch.float32,))

@@ -561,7 +561,7 @@ def build(c, ranks, saved=None):
     run = SimpleNamespace(c=c, ranks=ranks, sharded=c.shard and ranks.world > 1, tokenizer=None, graph=None)
     run.tokenizer_crc = run.places = None
     vocab = saved["model_config"]["vocab"] if saved and not parts else shape_of(c, saved).vocab
-    is_text = parts and parts[0].dtype == np.uint8
+    run.is_text = parts and parts[0].dtype == np.uint8
     if c.tokenizer and not c.bench and not c.export:
         with blaming("--tokenizer"):
             run.tokenizer = open_tokenizer(c.tokenizer)
@@ -569,8 +569,8 @@ def build(c, ranks, saved=None):
         size = max(run.tokenizer.get_vocab().values()) + 1
         need(size <= vocab or not c.init, f"--tokenizer {c.tokenizer} has {size} tokens, the model {vocab}")
         vocab = vocab if c.init else max(vocab, -(-size // 128) * 128)
-        parts = [encode(part, run) for part in parts] if is_text else parts
-    elif is_text:
+        parts = [encode(part, run) for part in parts] if run.is_text else parts
+    elif run.is_text:
         need(not c.init or vocab == 256, f"--data is text, and {c.init} has no tokenizer: give --tokenizer")
         vocab = 256
     run.batches, run.val_batches = [Batches(tokens, c, vocab) for tokens in parts] or (None, None)
@@ -677,14 +677,13 @@ def mfu(model, tokens_per_s, device):
 def sample(run, prompt=None):
     """Return what the model writes after `prompt`: "def ", or the first 16 tokens of the validation data."""
     vocab, device = run.model.config.vocab, run.ranks.device
-    tokens = run.val_batches and run.val_batches.tokens
-    is_text = tokens and tokens.dtype == np.uint8
     if run.tokenizer:
         text = os.fsencode(prompt or "def ").decode("utf-8", "replace")
         ids = run.tokenizer.encode(text).ids   # with the token that begins a text, if it has one
-    elif is_text:
+    elif run.is_text:
         ids = list(os.fsencode(prompt or "def "))
     elif not prompt:
+        tokens = run.val_batches.tokens
         ids = tokens.read(0, min(16, len(tokens))).tolist()
     else:
         ids = [int(word) if re.fullmatch("[0-9]{1,9}", word) else -1 for word in prompt.split()]
@@ -694,7 +693,7 @@ def sample(run, prompt=None):
     written = run.model.generate(torch.tensor([ids], device=device), 200, generator=generator)[0].tolist()
     if run.tokenizer:
         return run.tokenizer.decode(written)
-    return bytes(written).decode("utf-8", "replace") if is_text else " ".join(map(str, written))
+    return bytes(written).decode("utf-8", "replace") if run.is_text else " ".join(map(str, written))
 
 
 # ------------------------------------------------------------------------------------------------------------
