@@ -354,8 +354,7 @@ def mixture(block, x):
     """Return x + sum over the chosen experts e of p_e down_e(silu(gate_e(n)) up_e(n)), n = norm2(x), of x
     (B, T, d); and how many tokens each expert got, (E,). Each token is copied into a row for every choice.
     The rows are sorted by expert, so that each multiplies a group of neighbors, and their results are added
-    up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass.
-    (`exchange` and `blank` are for experts on several ranks; they return what they get otherwise.)"""
+    up. p_e goes into the input of down_e, which is linear: where that is quantized, it costs no pass."""
     n = block.norm2(x).flatten(0, 1)                                                      # (T, d)
     score, chosen = block.router(n)                                                       # (T, top_k)
     peers = block.peers
@@ -464,14 +463,13 @@ class Move(torch.autograd.Function):
 
 
 def grouped_linear(layer, x, groups):
-    """Multiply the rows of each expert, of x (R, in), by its matrix -> (R, out). In BF16 on a GPU that is one
-    product. Else the experts take turns, and the host waits to know how many rows each has."""
+    """Multiply the rows of each expert, of x (R, in), by its matrix -> (R, out)."""
     E, weights = layer.experts, layer.weight.unflatten(0, (layer.experts, -1))            # (E, out, in)
     if not layer.recipe and x.is_cuda:
         return F.grouped_mm(x, weights.to(x.dtype).transpose(1, 2), offs=groups.first[1:])
     if not layer.recipe:
         return grouped_reference(x, layer.weight.to(x.dtype), groups, "fprop")
-    sizes = groups.first.diff().tolist()
+    sizes = groups.first.diff().tolist()   # the host waits to know them
     rows = x[:sum(sizes)].split(sizes)
     operands = zip(rows, weights, by_expert(layer.w, E, 0), by_expert(layer.w_t, E, 1))
     y = torch.cat([fp8_linear(*each, layer.recipe) for each in operands])
@@ -532,7 +530,7 @@ class Exchange(torch.autograd.Function):
 
 
 def exchange(x, there, back, peers):
-    """Return there(x, peers), whose gradient is back(dy, peers). of_all and sum_of_all are each other's."""
+    """Return there(x, peers), whose gradient is back(dy, peers), if experts are spread. Else return x."""
     return x if peers is None else Exchange.apply(x, there, back, peers)
 
 

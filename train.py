@@ -285,9 +285,8 @@ def clip(run, norm):
 
 
 def update_weights(run, lr, update):
-    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. A predicted
-    scale is known before the step, so FP8AdamW writes the copies along with the weights. A scale that is
-    measured, at each step or once in --rescale_interval, waits for them, as do the copies."""
+    """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. If scales are
+    predicted before the step, FP8AdamW writes the copies with the weights. Those that are measured wait."""
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
