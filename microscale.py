@@ -378,8 +378,8 @@ def expect(name, x, shape, meaning, dtypes=FLOATS):
 
 
 def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
-    """Quantize x (R, C), as `quantize_reference`, where there is no kernel for it. A given `scale` (1, 1) is
-    that of the whole tensor, (E, 1) those of E groups of R / E rows."""
+    """Quantize x (R, C) as `quantize_reference` does, by a kernel if there is one for it. A given `scale`
+    (1, 1) is that of the whole tensor, (E, 1) those of E groups of R / E rows."""
     expect("x", x, (None, None), "rows that products sum along")
     groups = 1 if scale is None else math.gcd(len(x), len(scale))   # len(scale) if that divides the rows
     expect("scale", scale, (groups, 1), "that of the tensor, or of equal groups of rows", (torch.float32,))

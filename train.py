@@ -286,7 +286,7 @@ def clip(run, norm):
 
 def update_weights(run, lr, update):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. If scales are
-    predicted before the step, FP8AdamW writes the copies with the weights. Those that are measured wait."""
+    predicted before the step, FP8AdamW writes the copies with the weights; else they follow the step."""
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
