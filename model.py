@@ -14,7 +14,9 @@ mixture of experts, a block has many gate_up and down; a router chooses a few of
 Mistral (while its window is no shorter than the sequence) and OLMo 1 are such decoders: "Models of others".
 
 Most recipes quantize layer by layer what norm, attention or SwiGLU has computed. In "The dataflow of moss"
-below, the kernel that computes a number also quantizes it, if it can. `saved_by_block` says what is saved.
+below, the kernel that computes a number also quantizes it, if it can. Saved for the backward pass: in FP8
+the inputs of the linear layers and [gate, up]; in BF16 the inputs of both halves of a block, q, k, v and the
+output of attention.
 """
 import json
 import shutil
