@@ -135,15 +135,6 @@ def states(out):
     return found
 
 
-def change_manifest(path, change):
-    """Call change(content) and write it with its checksum. Return it."""
-    content = json.loads((path / "manifest.json").read_text())["content"]
-    change(content)
-    checksum = zlib.crc32(json.dumps(content).encode())
-    (path / "manifest.json").write_text(json.dumps({"checksum": checksum, "content": content}))
-    return content
-
-
 def weights(out):
     return {name: kept["weight"] for name, kept in states(out)[0]["parameters"].items()}
 
@@ -155,8 +146,7 @@ def read_log(out):
 
 def config(**values):
     """Return a resolved configuration, for what takes one apart from a run."""
-    c = train.Config(**{"model": "nano", "layers": 1, "seq": 16, "batch": 2, **values})
-    return train.resolve(c, CPU, 1)
+    return train.resolve(train.Config(**dict(model="nano", layers=1, seq=16, batch=2) | values), CPU, 1)
 
 
 def same(a, b):
@@ -210,14 +200,10 @@ def poison(monkeypatch, steps, factor=math.nan, part="gradient"):
              if part == "gradient" else net.register_forward_hook(on_loss))
 
 
-def is_frozen(part, name):
-    return part in name and name != "head.weight"
-
-
 def freeze(part, monkeypatch):
     """Freeze the parameters with this in their names, but not the head."""
     on_model(monkeypatch, lambda net: [p.requires_grad_(False) for name, p in net.named_parameters()
-                                       if is_frozen(part, name)])
+                                       if part in name and name != "head.weight"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,10 +217,8 @@ def train_py(folder, more="", code=None, launcher=(), shell=(), **options):
 
 
 def signal_at(function, call, number):
-    """Return code for train_py. Each call of a function from this one on sends a signal to its process.
-
-    The function is one of model.py or of PyTorch. Of several ranks rank 1 gets the signal, in its first life.
-    """
+    """Return code for train_py. From this call of a function (of model.py, PyTorch) on, each sends a signal
+    to its process: of several ranks, to rank 1 in its first life."""
     return f"""
 import itertools, os, runpy, sys, time, model, torch
 original, calls = {function}, itertools.count(1)
@@ -256,8 +240,8 @@ def free_port():
         return s.getsockname()[1]
 
 
-def on_ranks(world, job, meanwhile=lambda copies: None):
-    """Call job(rank) in copies of this process. Return their exit codes and what each printed."""
+def on_ranks(world, job, code=0, meanwhile=lambda copies: None):
+    """Call job(rank) in copies of this process, which end with this exit code. Return what each printed."""
     if ON_HOPPER or "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("a process that has used a GPU cannot be copied")
     port, files = str(free_port()), [tempfile.TemporaryFile("w+") for _ in range(world)]
@@ -279,7 +263,9 @@ def on_ranks(world, job, meanwhile=lambda copies: None):
     meanwhile(copies)
     for process in copies:
         process.join()
-    return [process.exitcode for process in copies], [(file.seek(0), file.read())[1] for file in files]
+    printed = [(file.seek(0), file.read())[1] for file in files]
+    assert [process.exitcode for process in copies] == [code] * world or code is None, printed
+    return printed
 
 
 def train_on(world, command, stop_at=None):
@@ -290,8 +276,7 @@ def train_on(world, command, stop_at=None):
             if rank == world - 1:
                 do_at_step(patch, stop_at, train.on_signal)
             return train.main(command)
-    codes, printed = on_ranks(world, job) if world > 1 else ([job(0)], None)
-    assert codes == [0] * world, printed
+    assert on_ranks(world, job) if world > 1 else job(0) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,7 +356,7 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, more, reci
     run(tiny(command, "one"))
     last, *_, first = [state["parameters"] for state in states(tmp_path / "one")]
     for name in first:
-        assert same(first[name]["weight"], last[name]["weight"]) == is_frozen(part, name), name
+        assert same(first[name]["weight"], last[name]["weight"]) == (part in name and name != "head.weight")
     places = []
 
     def check(run, *_):   # DDP's gradients stay in its buckets: beside these they take memory twice
@@ -384,8 +369,7 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, more, reci
         if rank == 1:   # another kind of GPU draws other initial weights from the same seed
             on_model(monkeypatch, lambda net: [p.data.mul_(1.5) for p in net.parameters()])
         return train.main(tiny(command, "two"))
-    codes, printed = on_ranks(2, job)
-    assert codes == [0, 0] and printed[1] == "", printed
+    assert on_ranks(2, job)[1] == ""
     assert same_state(tmp_path / "one", tmp_path / "two", STATE if part == "nothing" else ["parameters"])
     one, two = ([[r.get(key) for key in ("step", "scale_ratio", "scale_ratio_min", "load")]
                  for r in read_log(tmp_path / name)] for name in ("one", "two"))
@@ -394,21 +378,16 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, more, reci
     assert more != MOE or min(load for *_, load in two) > 1
 
 
-@pytest.mark.parametrize("recipe, starved", [
-    ("none", False), ("tensor", False), ("mx", False), ("moss --shard", False),
-    ("moss --recompute block", False), ("none", True), ("moss", True)])
-def test_experts_spread_over_two_ranks_train_as_on_one(recipe, starved, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", ["none", "tensor", "mx", "moss --shard", "moss --recompute block",
+                                    "none, starved", "moss, starved"])
+def test_experts_spread_over_two_ranks_train_as_on_one(recipe, tiny, tmp_path, monkeypatch):
     """Each rank adds up what its experts give, so sums are in another order, and a few numbers fall to the
     other side of a tie of FP8: 1e-6 of the loss in FP32, 1e-3 under scales per token. Scales that several
-    tokens share, `tensor` and wgrad of `mx`, are those of the tokens of both ranks: 1e-2.
-    Also where one rank is starved: its experts get no token."""
-    choose = model.choose
-
-    def first_two(x, weight, bias, top_k):
-        score, chosen = choose(x, weight, bias, 8)   # all, the best first
-        return score.gather(1, chosen.argsort(1))[:, :2], chosen.sort(1).values[:, :2]
+    tokens share, `tensor` and wgrad of `mx`, are those of the tokens of both ranks: 1e-2. Of a rank that is
+    starved, the experts get no token."""
+    recipe, _, starved = recipe.partition(", ")
     if starved:
-        monkeypatch.setattr(model, "choose", first_two)
+        on_model(monkeypatch, lambda net: net.blocks[0].router.bias.data[:2].fill_(9))   # scores are below 1
     more = f"--model nano-moe --accum 4 --eval_batches 4 --rescale_interval 3 --clip 0.5 --fp8 {recipe}"
     train_on(1, tiny(more, "one"))
     train_on(2, tiny(f"{more} --expert_parallel 2", "two"))
@@ -436,8 +415,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks_bit_for_bit(writers, writte
         def read_and_write(rank):
             train.update_weights = Transformer.balance = lambda *_: None   # the next holds what was read
             return train.main(tiny(f"{more} --steps 3 --resume {options}", f"by {readers}"))
-        codes, printed = on_ranks(readers, read_and_write)
-        assert codes == [0] * readers, printed
+        on_ranks(readers, read_and_write)
         last, first = states(tmp_path / f"by {readers}")
         assert (len(last["files"]), len(first["files"])) == (readers, writers)
         assert same(last["parameters"], first["parameters"])
@@ -452,8 +430,7 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
     write(tmp_path, {"copy.txt": TEXT, "longer.txt": 2 * TEXT})
     command = "--fp8 moss --accum 2 --eval_batches 2 --resume "
     train_on(1, tiny(command), stop_at=1)
-    before = contents(out)
-    load = torch.load
+    before, load = contents(out), torch.load
 
     def scaled(path, **options):
         content = load(path, **options)
@@ -464,8 +441,8 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
     def job(rank):
         torch.load = scaled if rank == 1 else load
         return train.main(tiny(command + options * rank))
-    codes, printed = on_ranks(2, job)
-    assert codes == [1 if error else 0] * 2 and re.search(error or "--- summary ---", printed[0]), printed
+    printed = on_ranks(2, job, 1 if error else 0)[0]
+    assert re.search(error or "--- summary ---", printed), printed
     assert steps_in(out) == ([2] if error else [4, 2])
     assert contents(out) == before if error and options else read_log(out)[-1]["scale_ratio_min"] >= 1
 
@@ -477,8 +454,10 @@ def test_scales_that_a_checkpoint_does_not_hold_are_measured(before, tiny, out, 
     if before == "an older version":   # which kept the scales elsewhere
         bare = {name: {key: values[key] for key in values if key != "scale"} for name, values in kept.items()}
         torch.save({"parameters": bare, "scales": None}, path / "rank_0.pt")
-        change_manifest(path, lambda content: content["files"].update(
-            {"rank_0.pt": train.size_and_crc(path / "rank_0.pt")}))
+        content = json.loads((path / "manifest.json").read_text())["content"]
+        content["files"] = {"rank_0.pt": train.size_and_crc(path / "rank_0.pt")}
+        checksum = zlib.crc32(json.dumps(content).encode())
+        (path / "manifest.json").write_text(json.dumps({"checksum": checksum, "content": content}))
     # From large weights, so that scales that are not measured again would be too large, not too small.
     on_model(monkeypatch, lambda net: [p.data.mul_(4) for p in net.parameters()])
     c = train.parse_config(go_on(out, "--resume --fp8 moss --steps 4"))
@@ -642,10 +621,9 @@ SIGNALS = {   # when: (from which call of which function on, signal, exit code, 
 
 def signal_in(name, folder):
     """Run train.py as a process that signals reach. It prints ASCII alone."""
-    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
     more = f"--fp8 none --eval_every 4 --log_every 4 --out {folder}/größer"
-    return folder / "größer", train_py(folder, more, signal_at(*SIGNALS[name][:3]),
-                                       env={**environment, "PYTHONIOENCODING": "ascii"})
+    return folder / "größer", train_py(folder, more, signal_at(*SIGNALS[name][:3]), env={
+        **ENVIRONMENT, "PYTHONUNBUFFERED": "", "PYTHONIOENCODING": "ascii"})
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -668,9 +646,10 @@ def test_a_signal_at_any_time_saves_and_is_no_error_and_what_was_printed_is_ther
     *((2, f"{recipe} {MOE} --expert_parallel 2", None) for recipe in ("none", "moss --shard")),
     *(pytest.param(world, f"{recipe} {MUON}", None, marks=needs_muon)
       for world, recipe in ((1, "none"), (1, "tensor"), (1, "moss"), (2, "moss --shard")))])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, options, change, tiny, out, monkeypatch):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, options, change, tiny, out, monkeypatch,
+                                                            capsys):
     if change == "skip":
-        poison(monkeypatch, {0})
+        poison(monkeypatch, {0, 5})   # a last step that is skipped for its gradient is saved, too
     elif change:   # the second block is of another recipe
         on_model(monkeypatch, lambda net: net.blocks.__setitem__(
             1, Block(net.config, RECIPES[change], "blocks.1", "none")))
@@ -680,8 +659,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(world, options, chan
     train_on(world, tiny(command), stop_at=2)
     assert steps_in(out) == [3, 2] and states(out)[0]["progress"]["skipped"] == (change == "skip")
     train_on(world, go_on(out))
-    whole = out.with_name("whole")
-    assert same_state(whole, out)
+    whole, done = out.with_name("whole"), contents(out)
+    assert same_state(whole, out) and steps_in(out)[0] == 6
+    assert world > 1 or "at step 6 of 6: the run is done; raise --steps" in said(go_on(out), capsys).out
+    assert contents(out) == done
     logs = [[[r[key] for key in ("step", "loss", "lr", "grad_norm", "skipped")] for r in read_log(folder)]
             for folder in (whole, out)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
@@ -692,9 +673,11 @@ def test_resume_takes_options_that_are_not_given_and_says_what_differs(tiny, out
     run(tiny("--fp8 moss --shard --lr 1e-3 --weight_decay 0 --warmup 1 --beta1 0.8 --beta2 0.9 --clip 2 "
              "--keep 3 --seed 5 --rescale_interval 7 --spike 50 --max_skips 4 --log_every 3 --eval_every 1 "
              "--eval_batches 3 --recompute block"))
-    # of a fork, which had an option of its own, and not one of these
-    content = change_manifest(train.checkpoints(out)[0], lambda content: (
-        content["config"].update(dropout=0.1), content["config"].pop("spike")))
+    path = train.checkpoints(out)[0] / "manifest.json"
+    content = json.loads(path.read_text())["content"]
+    content["config"].update(dropout=0.1)   # an option that a fork had, and one that it did not have
+    content["config"].pop("spike")
+    path.write_text(json.dumps({"checksum": zlib.crc32(json.dumps(content).encode()), "content": content}))
     Path("text.txt").write_text(2 * TEXT)
     command = go_on("out", "--resume --steps 5 --fp8 tensor --no-shard --beta1 0.8 --data text.txt")
     printed, before = said(command, capsys).out.splitlines(), content["config"]
@@ -708,14 +691,6 @@ def test_resume_takes_options_that_are_not_given_and_says_what_differs(tiny, out
         "note: --fp8 was moss and is now tensor", "note: --steps was 4 and is now 5",
         "note: --shard was True and is now False",
         "note: --data had 4275 training tokens: windows come in another order"]
-
-
-def test_resume_of_a_run_that_is_done_changes_nothing(tiny, out, monkeypatch, capsys):
-    poison(monkeypatch, {3})   # a last step that is skipped for its gradient is saved, too
-    run(tiny("--fp8 none --eval_every 3"))
-    before = contents(out)
-    assert "at step 4 of 4: the run is done; raise --steps" in said(go_on(out), capsys).out
-    assert contents(out) == before and steps_in(out) == [4, 3]
 
 
 def test_lines_of_the_users_stay_in_the_log_and_one_cut_short_does_not(tiny, out):
@@ -736,17 +711,16 @@ def test_lines_of_the_users_stay_in_the_log_and_one_cut_short_does_not(tiny, out
 @pytest.mark.parametrize("world, victim, call, left", [(1, 0, 2, [2]), (2, 0, 1, [4]), (2, 1, 1, [4])])
 def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(world, victim, call, left, tiny, out):
     def job(rank):
-        ends = [DEFAULT, DEFAULT]   # of the two calls
-        if rank == victim:
-            ends[call - 1] = OSError(errno.ENOSPC, "No space left on device")
+        full = OSError(errno.ENOSPC, "No space left on device")
+        ends = [full if (rank, i) == (victim, call) else DEFAULT for i in (1, 2)]   # of the two calls
         torch.save = Mock(wraps=torch.save, side_effect=ends)
         return train.main(tiny("--fp8 none --accum 2 --eval_batches 2"))
-    codes, printed = on_ranks(world, job)
+    printed = on_ranks(world, job, 2 - world)
     words = [f"warning: the checkpoint of step {2 * call} could not be written (OSError: [Errno 28] No space",
              f"make room in {out}"]
     if world == 1:   # it was the last one
         words += ["error: the last checkpoint is missing", f"{out}/step_00000002 is the last good"]
-    assert codes == [2 - world] * world and [word for word in words if word not in printed[0]] == [], printed
+    assert [word for word in words if word not in printed[0]] == [], printed
     assert steps_in(out) == left and not list(out.glob("*.tmp"))
     assert train.main(go_on(out)) == 0 and steps_in(out)[0] == 4
 
@@ -761,8 +735,7 @@ def test_a_rank_that_loses_the_others_while_a_checkpoint_is_written_writes_no_mo
             return gather(thing, group)
         train.gather = fails
         return train.main(tiny("--fp8 none --accum 2 --eval_batches 2 --eval_every 1 --keep 9"))
-    codes, printed = on_ranks(2, job)
-    assert codes == [1, 1] and "another rank is gone (MemoryError: no room)" in printed[1], printed
+    assert "another rank is gone (MemoryError: no room)" in on_ranks(2, job, 1)[1]
     assert steps_in(out) == [1] and train.main(go_on(out)) == 0 and steps_in(out)[0] == 4
 
 
@@ -791,7 +764,6 @@ DAMAGE = {**{f"a bit of {name}": lambda path, name=name: flip(path / name, 0.6) 
           "the file of another step": lambda path: shutil.copy(
               path.with_name("step_00000002") / "rank_1.pt", path),
           "another program's manifest": lambda path: (path / "manifest.json").write_text('[{"files": 1}]'),
-          "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
           "a file in place of the folder": lambda path: (shutil.rmtree(path), path.write_text("x")),
           "a name of a later step": lambda path: path.rename(path.with_name("step_00000009")),
           "a name of more digits": lambda path: path.rename(path.with_name("step_000000000009"))}
@@ -837,7 +809,7 @@ def test_kill_9_at_any_instant_costs_only_the_steps_since_a_checkpoint(world, ki
         if steps == 60:   # a fast machine: once more from the start
             shutil.rmtree(out)
             steps = 0
-        on_ranks(world, lambda rank: train.main(tiny(command + " --resume")), kill)
+        on_ranks(world, lambda rank: train.main(tiny(command + " --resume")), None, kill)
         before, steps = steps, max((state["step"] for state in states(out)), default=0)
         assert steps >= before   # nothing that was saved is ever lost
     train_on(world, tiny(command + " --resume"))
@@ -872,7 +844,7 @@ def test_an_earlier_run_is_renamed_also_behind_a_link(tiny, tmp_path, out, monke
 # Mistakes: exit code 2, one line that says what, why and what to do. An earlier run stays where it is
 
 def write(path, content):
-    """Make a folder (of a dict), a link (to a Path), what a function makes, text, or a file of tokens."""
+    """Make a folder (of a dict), a link (to a Path), text or bytes, or a file of tokens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, dict):
         path.mkdir(exist_ok=True)
@@ -882,8 +854,6 @@ def write(path, content):
         path.symlink_to(content)
     elif isinstance(content, (str, bytes)):
         path.write_bytes(os.fsencode(content))
-    elif callable(content):
-        content(path)
     elif path.suffix == ".npy":
         np.save(path, content)
     else:
@@ -910,15 +880,15 @@ BAD_DATA = {   # name of the file: (what is in it, what the line says)
     "cut.bin": (shard([1] * 999, count=1000), ["cut.bin", "3022 bytes", "copy it again"]),
     "header.bin": (shard([])[:12], ["header.bin", "12 bytes"]),
     "matrix.npy": (np.zeros((9, 9), np.uint16), ["matrix.npy", "(9, 9)"]),
-    "packed.npz": (lambda path: np.savez(path, np.zeros(999)), ["packed.npz", "zero bytes"]),
+    "packed.npz": (b"PK\3\4\0" * 99, ["packed.npz", "zero bytes"]),
     "float.npy": (np.zeros(999, np.float32), ["float.npy", "float32", "integers"]),
     **{f"{name}.npy": (content, [f"{name}.npy is no .npy file", "numpy.save"]) for name, content in {
         "garbage": "garbage" * 99, "empty": "", "header": b"\x93NUMPY\x01\0\x10\0{'descr': (((((\n",
-        "cut": lambda path: (np.save(path, np.zeros(999)), os.truncate(path, 500))}.items()},
+        "cut": b"\x93NUMPY\x01\0;\0{'descr': '<f8', 'fortran_order': False, 'shape': (999,), }"}.items()},
     "two_kinds": ({"a.npy": np.zeros(999, np.int32), "b.bin": [0] * 999}, ["int32 and uint16", "per folder"])}
 OUT_OF_RANGE = {   # numbers that make no sense
-    **dict.fromkeys("layers steps batch accum seq log_every eval_every eval_batches max_skips keep".split(),
-                    "0 -3 9223372036854775808 99999999999999999999999999"),
+    **dict.fromkeys("steps batch accum log_every eval_every eval_batches max_skips keep".split(),
+                    "0 -3 9223372036854775808"), "layers": "0 1001", "seq": "0 16777217",
     **dict.fromkeys("warmup rescale_interval seed".split(), "-1 9223372036854775808"),
     **dict.fromkeys("lr clip".split(), "0.0 -0.001 nan inf 1e+300 1e-300"), "weight_decay": "-0.1 nan 1e+300",
     **dict.fromkeys("beta1 beta2".split(), "1.0 -0.5 nan"), "spike": "-1.0 nan inf"}
@@ -952,31 +922,38 @@ MISTAKES = {   # options: what the line says
     **{f"--out {folder}": [f"--out {folder.split()[0]} ", "folder of its own"] for folder in (
         ".", "..", "exp --data exp/text.txt", "exp --data exp/*.txt", "exp --data exp")},   # it gets renamed
     f"--out {'x' * 300}": ["--out", "File name too long"],
-    "--layers 1001": ["--layers 1001 must lie between 1 and 1000"],
-    "--seq 16777217": ["--seq 16777217 must lie between"],
     "--batch 134217728": ["--batch 134217728", "too much with --seq 16, --eval_batches 1: lower it"],
     **{f"--{name} {value}": [f"--{name} {value} must lie between"] for name in OUT_OF_RANGE
        for value in OUT_OF_RANGE[name].split()},
     **{f"--{f.name} ''": [f"--{f.name} is empty: give it a value"] for f in dataclasses.fields(train.Config)
        if f.type is str},
+    **{f"--data {name}": ["Permission denied", "/locked"]
+       for name in ("d", "d/**/*.txt", "d/*/*.txt", "d/**")},
     "--data nowhere": ["nowhere", "does not exist", "give a folder, a file or a pattern"],
     **{f"--data {name}": words for name, (_, words) in BAD_DATA.items()}}
 MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench"]
 
 
 @pytest.fixture(scope="module")
-def mistaken(two_checkpoints):
+def mistaken(tmp_path_factory):
     """A folder with all that MISTAKES name, and an earlier run, which stays where the next was to begin."""
-    shutil.copytree(two_checkpoints, two_checkpoints.with_name("damaged"))
-    for path in train.checkpoints(two_checkpoints.with_name("damaged")):
-        flip(path / "rank_0.pt", 0.5)
-    bad_data = {name: content for name, (content, _) in BAD_DATA.items()}
-    write(two_checkpoints.parent, {"exp/text.txt": TEXT, **bad_data})
-    return two_checkpoints.parent
+    folder = tmp_path_factory.mktemp("mistaken")
+    run(tiny_in(folder)("--fp8 none --steps 1"))
+    flip(shutil.copytree(folder / "out", folder / "damaged") / "step_00000001/rank_0.pt", 0.5)
+    write(folder, {"exp/text.txt": TEXT, "d/locked/a.txt": TEXT, "d/open/a.txt": TEXT,
+                   **{name: content for name, (content, _) in BAD_DATA.items()}})
+    return folder
 
 
 @pytest.mark.parametrize("options", MISTAKES)
 def test_what_cannot_work_is_refused_in_one_line(options, mistaken, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path="."):   # file permissions do not bind root
+        if os.fspath(path).endswith("d/locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
     monkeypatch.chdir(mistaken)
     monkeypatch.setitem(sys.modules, "tensorboard", None)   # as if it were not installed
     monkeypatch.setitem(train.PRESETS, "narrow", dataclasses.replace(PRESETS["nano"], ffn=40))
@@ -1086,19 +1063,6 @@ def test_many_text_files_are_split_by_file_the_same_way_wherever_they_lie(tiny, 
     assert train.main(tiny(f"--fp8 none --steps 1 --seq 8 --data {tmp_path / odd}")) == 0
 
 
-@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "**"])
-def test_a_folder_that_cannot_be_read_is_an_error(pattern, tiny, tmp_path, monkeypatch, capsys):
-    write(tmp_path, {"d": {"locked/a.txt": TEXT, "open/a.txt": TEXT}})
-    locked, scandir = str(tmp_path / "d" / "locked"), os.scandir
-
-    def refuse(path="."):   # file permissions do not bind root
-        if os.fspath(path) == locked:
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert_refused(tiny(f"--data {tmp_path}/d/{pattern}"), ["Permission denied", locked], tmp_path, capsys)
-
-
 def test_read_across_files_is_a_slice_of_their_concatenation_or_says_what_has_changed(tmp_path):
     everything = np.arange(16)
     for i, (first, size) in enumerate(((0, 5), (5, 0), (5, 1), (6, 7), (13, 3))):   # windows span three
@@ -1109,8 +1073,6 @@ def test_read_across_files_is_a_slice_of_their_concatenation_or_says_what_has_ch
     for first, last in itertools.combinations(range(17), 2):
         window = tokens.read(first, last - first, vocab=16)
         assert window.dtype == np.int64 and np.array_equal(window, everything[first:last])
-    with pytest.raises(train.UserError, match="token id 15 in .*4.bin is outside"):
-        tokens.read(0, 16, vocab=15)
     os.truncate(tmp_path / "4.bin", 2)
     with pytest.raises(train.UserError, match="4.bin has changed"):
         tokens.read(12, 4)
@@ -1173,13 +1135,11 @@ def test_outputs_that_stay_bad_end_the_run_which_names_the_layer(recipe, value, 
     assert [word for word in words if word not in err] == [], err
 
 
-@pytest.mark.parametrize("recipe, factor, first", [   # 1e36: all is finite but the norm
-    ("none", math.nan, "the gradient of blocks.0.down.weight"),
-    ("moss", math.nan, "the gradient of blocks.0.down.weight"),
-    (f"moss {MOE}", math.nan, "the gradient of blocks.0.down.weight"),
-    ("none", 1e36, "the loss or the norm of the gradient"),
-    ("moss", 1e36, "the loss or the norm of the gradient")])
-def test_gradients_that_stay_bad_end_the_run(recipe, factor, first, tiny, out, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe, factor", [*itertools.product(("none", "moss"), (math.nan, 1e36)),
+                                            (f"moss {MOE}", math.nan)])
+def test_gradients_that_stay_bad_end_the_run(recipe, factor, tiny, out, monkeypatch, capsys):
+    first = ("the gradient of blocks.0.down.weight" if math.isnan(factor) else
+             "the loss or the norm of the gradient")   # all is finite
     poison(monkeypatch, range(3, 9), factor)
     err = said(tiny(f"--fp8 {recipe} --steps 9 --max_skips 3 --eval_every 1 --keep 1"), capsys, code=1).err
     assert len(err.splitlines()) == 1 and first in err and f"{out}/step_00000003 is the last good" in err
@@ -1245,23 +1205,6 @@ def test_the_optimizer_takes_the_scheduled_learning_rate_and_decays_no_norms(tin
     assert sum(len(group["params"]) for group in (*decayed, spared)) == len(list(net.parameters()))
 
 
-def imitate_graphs(monkeypatch):
-    """On a CPU nothing can be recorded: do what a graph would do each time. Return the list of graphs."""
-    captured = []
-
-    def capture(run, tokens, targets, count):
-        def replay():
-            graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
-            graph.loads = getattr(run.model, "loads", None)
-        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
-                                memory=nullcontext)
-        captured.append(graph)
-        return graph
-    monkeypatch.setattr(train, "capture", capture)
-    monkeypatch.setattr(train, "can_capture", lambda run: True)
-    return captured
-
-
 @pytest.mark.parametrize("recipe", [*RECIPES, f"moss {MOE}", pytest.param(f"moss {MUON}", marks=needs_muon)])
 def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, tiny, tmp_path, monkeypatch):
     usual = f"--fp8 {recipe} --layers 2 --accum 2 --steps 5 --rescale_interval 2 --eval_every 4 --log_every 4"
@@ -1269,7 +1212,17 @@ def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, t
     for more in ("--eval_every 1 --log_every 1", "--recompute block"):
         run(tiny(f"{usual} {more}", more))
         assert same_state(tmp_path / "as usual", tmp_path / more)
-    graphs = imitate_graphs(monkeypatch)   # which find every tensor where it was
+    graphs = []   # which find every tensor where it was
+
+    def capture(run, tokens, targets, count):   # on a CPU nothing can be recorded: replaying computes
+        def replay():
+            graphs[-1].loss.copy_(train.micro_batch(run, tokens, targets, count))
+            graphs[-1].loads = getattr(run.model, "loads", None)
+        graphs.append(SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
+                                      memory=nullcontext))
+        return graphs[-1]
+    monkeypatch.setattr(train, "capture", capture)
+    monkeypatch.setattr(train, "can_capture", lambda run: True)
     run(tiny(usual, "graphs"))
     assert len(graphs) == 1 and same_state(tmp_path / "as usual", tmp_path / "graphs")
 
@@ -1312,7 +1265,7 @@ def test_bench_times_every_recipe_all_micro_batches_and_one_optimizer_step(tmp_p
 
 def test_eval_only_compares_recipes_and_gives_the_last_loss(tiny, tmp_path, out, monkeypatch, capsys):
     freeze("norm", monkeypatch)   # what is frozen has no gradient
-    loss = run(tiny("--fp8 moss --shard --steps 8 --eval_batches 4"))["val_loss"]
+    loss = run(tiny("--fp8 moss --shard --steps 8 --eval_batches 2"))["val_loss"]
     before = contents(tmp_path)
     monkeypatch.chdir(out)   # from within its folder, too
     alone = {recipe: said(go_on(".", f"--eval-only --fp8 {recipe}"), capsys).out.splitlines()[-1]
@@ -1325,12 +1278,10 @@ def test_eval_only_compares_recipes_and_gives_the_last_loss(tiny, tmp_path, out,
         # Each of some six roundings on the way, to 3 or (tensor) 2 bits, is wrong by 2.6% or 5% of the value.
         line, error = row.removesuffix("% off").split("  gradient ")
         assert line == alone.get(recipe, line) and recipe in line.split()
-        error = float(error)
-        assert error == 0 if recipe == "none" else 0.5 < error < 20
-    on_two = on_ranks(2, lambda rank: train.main(go_on(".", "--eval-only")))
-    assert on_two == ([0, 0], [alone["moss"] + "\n", ""])
-    codes, printed = on_ranks(2, lambda rank: train.main(go_on(".", "--eval-only --fp8 none,moss")))
-    assert codes == [2, 2] and "run it without torchrun" in printed[0] and contents(tmp_path) == before
+        assert float(error) == 0 if recipe == "none" else 0.5 < float(error) < 20
+    assert on_ranks(2, lambda rank: train.main(go_on(".", "--eval-only"))) == [alone["moss"] + "\n", ""]
+    printed = on_ranks(2, lambda rank: train.main(go_on(".", "--eval-only --fp8 none,moss")), 2)
+    assert "run it without torchrun" in printed[0] and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("prompt", ["the quick", "\udcff"])   # a byte that is no text, as Python takes it
@@ -1369,16 +1320,11 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
     def draw(key, value, step):
         if step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-
-    def make(folder, purge_step):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, f"from {purge_step}").touch()
-        return DEFAULT
-    board = MagicMock()   # in place of torch.utils.tensorboard
-    board.SummaryWriter.side_effect = make
+    board, made = MagicMock(), []   # in place of torch.utils.tensorboard
+    board.SummaryWriter.side_effect = lambda folder, purge_step: (
+        made.append((purge_step, len(read_log(out)))) or DEFAULT)
     writer = board.SummaryWriter.return_value
-    add_scalar = writer.__enter__.return_value.add_scalar
-    add_scalar.side_effect = draw
+    add_scalar = writer.__enter__.return_value.add_scalar = Mock(side_effect=draw)
     monkeypatch.setitem(sys.modules, "tensorboard", torch)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     train_on(1, tiny(f"--fp8 none --tensorboard {out}/board"), stop_at=2)
@@ -1387,8 +1333,7 @@ def test_tensorboard_draws_nothing_twice_and_what_it_cannot_write_ends_no_run(ti
     assert writer.__exit__.call_count == 2   # or the last numbers are lost
     assert [record["step"] for record in read_log(out)] == [1, 2, 3, 4]
     run(tiny(f"--fp8 none --tensorboard {out}/board"))   # whose events do not go to the run before it
-    assert os.listdir(out / "board") == ["from 1"]
-    assert sorted(os.listdir(f"{out}.1/board")) == ["from 1", "from 4"]
+    assert made == [(1, 0), (4, 3), (1, 0)]
 
 
 FULL = "/dev/full" if os.path.exists("/dev/full") else os.devnull
