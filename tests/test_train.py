@@ -200,12 +200,6 @@ def poison(monkeypatch, steps, factor=math.nan, part="gradient"):
              if part == "gradient" else net.register_forward_hook(on_loss))
 
 
-def freeze(part, monkeypatch):
-    """Freeze the parameters with this in their names, but not the head."""
-    on_model(monkeypatch, lambda net: [p.requires_grad_(False) for name, p in net.named_parameters()
-                                       if part in name and name != "head.weight"])
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Other processes, and copies of this one as ranks
 
@@ -349,7 +343,8 @@ def test_weights_train_if_not_frozen_and_on_two_ranks_as_on_one(part, more, reci
                                                                 monkeypatch):
     # Bit for bit: two micro-batches leave one addition, whose order does not matter, and halving is exact.
     # (From four on, the order of the sums differs, and Adam makes large updates of tiny differences.)
-    freeze(part, monkeypatch)
+    on_model(monkeypatch, lambda net: [p.requires_grad_(False) for name, p in net.named_parameters()
+                                       if part in name and name != "head.weight"])
     clip = 1 if part == "nothing" else 1e30   # shards sum the norm in another order
     command = (f"--fp8 {recipe} {more} --accum 2 --eval_batches 2 --eval_every 1 --keep 9 --clip {clip} "
                f"--rescale_interval 2")
@@ -441,8 +436,7 @@ def test_ranks_that_disagree_are_stopped(options, factor, error, tiny, tmp_path,
     def job(rank):
         torch.load = scaled if rank == 1 else load
         return train.main(tiny(command + options * rank))
-    printed = on_ranks(2, job, 1 if error else 0)[0]
-    assert re.search(error or "--- summary ---", printed), printed
+    assert re.search(error or "--- summary ---", on_ranks(2, job, 1 if error else 0)[0])
     assert steps_in(out) == ([2] if error else [4, 2])
     assert contents(out) == before if error and options else read_log(out)[-1]["scale_ratio_min"] >= 1
 
@@ -474,9 +468,8 @@ def test_owners_share_the_parameters_evenly_and_hold_the_only_numbers():
         run = SimpleNamespace(model=net, owner=owner, mine=lambda p: owner[p] == rank,
                               ranks=train.Ranks(rank, 4, CPU))
         train.drop_weights(run)
-        for layer in net.linears():
-            kept = layer.weight.numel() if run.mine(layer.weight) else 1
-            assert layer.weight.untyped_storage().nbytes() == 4 * kept
+        for w in (layer.weight for layer in net.linears()):
+            assert w.untyped_storage().nbytes() == 4 * (w.numel() if run.mine(w) else 1)
         loads.append(sum(p.numel() for p in net.parameters() if run.mine(p)))
     assert max(loads) < 1.1 * min(loads) and sum(loads) == sum(p.numel() for p in net.parameters())
     run.ranks.world = 1000
@@ -715,12 +708,12 @@ def test_a_full_disk_of_one_rank_costs_a_checkpoint_and_not_the_run(world, victi
         ends = [full if (rank, i) == (victim, call) else DEFAULT for i in (1, 2)]   # of the two calls
         torch.save = Mock(wraps=torch.save, side_effect=ends)
         return train.main(tiny("--fp8 none --accum 2 --eval_batches 2"))
-    printed = on_ranks(world, job, 2 - world)
+    printed = on_ranks(world, job, 2 - world)[0]
     words = [f"warning: the checkpoint of step {2 * call} could not be written (OSError: [Errno 28] No space",
              f"make room in {out}"]
     if world == 1:   # it was the last one
         words += ["error: the last checkpoint is missing", f"{out}/step_00000002 is the last good"]
-    assert [word for word in words if word not in printed[0]] == [], printed
+    assert [word for word in words if word not in printed] == [], printed
     assert steps_in(out) == left and not list(out.glob("*.tmp"))
     assert train.main(go_on(out)) == 0 and steps_in(out)[0] == 4
 
@@ -927,8 +920,7 @@ MISTAKES = {   # options: what the line says
        for value in OUT_OF_RANGE[name].split()},
     **{f"--{f.name} ''": [f"--{f.name} is empty: give it a value"] for f in dataclasses.fields(train.Config)
        if f.type is str},
-    **{f"--data {name}": ["Permission denied", "/locked"]
-       for name in ("d", "d/**/*.txt", "d/*/*.txt", "d/**")},
+    **{f"--data {x}": ["Permission denied", "locked"] for x in ("d", "d/**/*.txt", "d/*/*.txt", "d/**")},
     "--data nowhere": ["nowhere", "does not exist", "give a folder, a file or a pattern"],
     **{f"--data {name}": words for name, (_, words) in BAD_DATA.items()}}
 MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench"]
@@ -1131,8 +1123,7 @@ def test_outputs_that_stay_bad_end_the_run_which_names_the_layer(recipe, value, 
             net.compile(backend="aot_eager", dynamic=False)
     on_model(monkeypatch, spoil)
     err = said(tiny(f"--fp8 {recipe.split(',')[0]} --layers 2 --max_skips 3"), capsys, code=1).err
-    words = "error: 3 steps in a row", "the output of blocks.1.down", "nothing was saved"
-    assert [word for word in words if word not in err] == [], err
+    assert re.search("error: 3 steps in a row.* the output of blocks.1.down: .*nothing was saved", err), err
 
 
 @pytest.mark.parametrize("recipe, factor", [*itertools.product(("none", "moss"), (math.nan, 1e36)),
@@ -1156,9 +1147,8 @@ def test_the_log_has_a_json_object_per_line(tiny, out, monkeypatch):
     assert [record["step"] for record in records] == [2, 3, 4, 6]
     assert [record["step"] for record in records if "val_loss" in record] == [3, 6]
     assert all({"step", "loss", "lr", "grad_norm", "tokens_per_s", "skipped"} <= r.keys() for r in records)
-    assert first["config"]["seed"] == 7 and first["command"] and first["torch"] == torch.__version__
-    assert first["hardware"] == f"1 x CPU, {os.cpu_count()} CPU cores"
-    assert not any("config" in record for record in others)
+    assert [r["config"]["seed"] for r in records if "config" in r] == [7] and first["command"]
+    assert (first["torch"], first["hardware"]) == (torch.__version__, f"1 x CPU, {os.cpu_count()} CPU cores")
     assert summary["train_loss"] == round(others[-1]["loss"], 4) and summary["tokens"] == 6 * 2 * 16
     assert summary["val_loss"] == round(others[-1]["val_loss"], 4)
 
@@ -1231,9 +1221,8 @@ def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, t
 # The command line, and what there is besides training
 
 def test_help_shows_every_option_with_its_help_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^0$"):
         train.main(["--help"])
-    assert stop.value.code == 0
     shown = "".join(capsys.readouterr().out.split())   # argparse breaks lines, also at hyphens
     for field in dataclasses.fields(train.Config):
         assert f"--{field.name}" in shown and "".join(field.metadata["help"].split()) in shown, field.name
@@ -1257,16 +1246,15 @@ def test_bench_times_every_recipe_all_micro_batches_and_one_optimizer_step(tmp_p
     rows = said(command, capsys).out.splitlines()[-len(RECIPES):]
     assert [row.split()[0] for row in rows] == list(RECIPES) and list(tmp_path.iterdir()) == []
     rows = train.bench(train.parse_config([*command, "--fp8", "moss,none"]))
-    for row in rows.values():
-        seconds = (2 * row["fwd+bwd ms"] + row["optimizer ms"]) / 1e3
-        assert row["tokens/s"] == pytest.approx(2 * 2 * 16 / seconds)
+    for row in rows.values():   # 2 x 2 x 16 tokens a step
+        assert row["tokens/s"] == pytest.approx(64e3 / (2 * row["fwd+bwd ms"] + row["optimizer ms"]))
     assert math.isnan(rows["moss"]["x none"]) and rows["none"]["x none"] == 1   # none comes after moss
 
 
 def test_eval_only_compares_recipes_and_gives_the_last_loss(tiny, tmp_path, out, monkeypatch, capsys):
-    freeze("norm", monkeypatch)   # what is frozen has no gradient
-    loss = run(tiny("--fp8 moss --shard --steps 8 --eval_batches 2"))["val_loss"]
-    before = contents(tmp_path)
+    on_model(monkeypatch, lambda net: net.norm.weight.requires_grad_(False))   # it has no gradient
+    run(tiny("--fp8 moss --shard --steps 8 --eval_batches 2"))
+    loss, before = read_log(out)[-1]["val_loss"], contents(tmp_path)
     monkeypatch.chdir(out)   # from within its folder, too
     alone = {recipe: said(go_on(".", f"--eval-only --fp8 {recipe}"), capsys).out.splitlines()[-1]
              for recipe in ("none", "tensor", "moss")}
