@@ -788,7 +788,7 @@ def test_resume_falls_back_past_a_damaged_checkpoint_and_says_so(damage, two_che
     assert steps_in(out) == [4, 2]
 
 
-@pytest.mark.parametrize("world, kills", [(1, 10), (2, 5)])
+@pytest.mark.parametrize("world, kills", [(1, 20), (2, 8)])
 def test_kill_9_at_any_instant_costs_only_the_steps_since_a_checkpoint(world, kills, tiny, tmp_path, out):
     command, instants, steps = "--fp8 moss --steps 60 --accum 2 --eval_batches 2", random.Random(0), 0
 
