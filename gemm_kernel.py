@@ -146,8 +146,7 @@ class FP8Linear(torch.autograd.Function):
     """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only.
 
     x (T, K) bfloat16, float16 or float32; weight (N, K), the master weight, receives the gradient; w and w_t
-    are `quantize_weight(weight)`, made once per optimizer step. (`moss` has fused functions in model.py.)
-    """
+    are `quantize_weight(weight)`, made once per optimizer step. (`moss` has fused functions in model.py.)"""
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, recipe):
@@ -187,8 +186,7 @@ def wgrad_factor(dy, x, groups=None):
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
     Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
-    All groups share one. Rows that belong to no group get the factor 0, whatever they hold.
-    """
+    All groups share one. Rows that belong to no group get the factor 0, whatever they hold."""
     if dy.block != (1, ALL) or x.block != (1, ALL) or dy.data.shape[0] != x.data.shape[0]:
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
                          f"pass dY and X of the same tokens, both quantized in blocks (1, ALL)")
@@ -230,8 +228,7 @@ def tensor_core_sum(a, b, promote_every=None):
     sum of its factors' (of subnormals that of the smallest normal number, 2^-6). Of each, what lies below
     2^(e - 13) is cut off. The rest is added exactly, and its first 14 bits are the new sum.
     After `promote_every` of K the sum is added to one in FP32, and starts anew. (The kernel below leaves the
-    sum's lower 16 bits where they are.)
-    """
+    sum's lower 16 bits where they are.)"""
     q_a, q_b = uncast(a.data), uncast(b.data)
     e_a, e_b = (floor_log2(q).clamp(min=E4M3.emin).masked_fill(q == 0, EXPONENT_OF_ZERO) for q in (q_a, q_b))
     total = acc = q_a.new_zeros(len(q_a), len(q_b))
