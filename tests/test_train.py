@@ -332,6 +332,19 @@ def test_the_copies_that_an_update_leaves_are_current_whoever_writes_them(fused,
     assert len(by_kernel) == 4 * (LAYERS - len(down))
 
 
+@needs_muon
+def test_scales_grow_by_the_bound_of_muons_step_and_not_of_adams(tiny):
+    c = train.parse_config(tiny(f"--fp8 moss {MUON} --weight_decay 0"))
+    run = train.build(c, train.start(c)[0])
+    before = run.scales.scale.clone()
+    train.forward_backward(run, 0)
+    train.update_weights(run, 0.01, 1)
+    group = run.optimizer.param_groups[0]
+    bounds = [autoscale.muon_step_bound(group, layer.weight.shape) for layer in run.model.linears()]
+    expected = 0.01 * torch.tensor(bounds) / 448
+    torch.testing.assert_close(run.scales.scale - before, expected, rtol=1e-4, atol=0)   # a slack of 2^-21
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Several ranks
 
