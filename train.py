@@ -191,7 +191,7 @@ def resolve(c, device, world, saved=None):
     for f in fields(c):
         value, (low, high) = getattr(c, f.name), f.metadata["limits"]
         need(low is None or low <= value <= high, f"--{f.name} {value} must lie between {low} and {high}")
-    need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,
+    need(c.batch * max(c.seq, 64 * c.eval_batches) < 2**31,   # tokens; places of windows take 8 bytes each
          f"--batch {c.batch}: too much with --seq {c.seq}, --eval_batches {c.eval_batches}: lower it")
     need(not c.init or saved or (c.layers, max(c.seq, shape.seq)) == (shape.layers, shape.seq),
          f"--layers {c.layers}, --seq {c.seq}: {c.init} has {shape.layers}, and at most {shape.seq} tokens")
