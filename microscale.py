@@ -389,7 +389,7 @@ def quantize(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="neares
     elif block == (ALL, ALL):
         scale = scale_from_amax(block_amax(x, block), fmt, rule)
     elif block == (1, ALL) and fmt.dtype and rounding == "nearest_even":
-        return quantize_norm(x, "none", None, fmt, rule)
+        return quantize_rows(x, fmt, rule)
     takes = scale is not None or rule in RULES and block[0] == 1 and block[1] in KERNEL_WIDTHS
     if takes and kernels_take(x) and rounding == "nearest_even":
         return quantize_triton(x, fmt, block, rule, scale)
@@ -405,6 +405,11 @@ def quantize_norm(x, kind, weight=None, fmt=E4M3, rule="up", eps=NORM_EPS):
         return quantize_norm_triton(x, kind, weight, fmt, rule, eps)
     rows = NORMS[kind](x.float(), None if weight is None else weight.float(), eps)
     return quantize_reference(rows, fmt, (1, ALL), rule)
+
+
+def quantize_rows(x, fmt=E4M3, rule="up"):
+    """Quantize x (R, C) under a scale per row, by `rule`."""
+    return quantize_norm(x, "none", None, fmt, rule)
 
 
 def quantize_swiglu(h, p=None):

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8_formats import E4M3, FORMATS, cast, uncast
 from gemm_kernel import Groups, fp8_linear, grouped_reference, matmul, transpose_for_wgrad, wgrad_factor
 from microscale import (ALL, NORM_EPS, NORMS, RECIPES, Quantized, Recipe, block_amax, cdiv, check_name,
-                        combine, diffuse, fold_loss, quantize, quantize_norm, quantize_swiglu,
+                        combine, diffuse, fold_loss, quantize, quantize_norm, quantize_rows, quantize_swiglu,
                         quantize_swiglu_gradient, quantize_weight, rope, rope_into, saturated_share,
                         scale_from_amax, swiglu)
 
@@ -608,7 +608,7 @@ class NormQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv, residual):
         x, norm_weight, cos, sin, *x_q = ctx.saved_tensors
-        dy_q = quantize_norm(qkv_gradient(dq, dk, dv, cos, sin), "none")              # (B T, d + 2 kv_dim)
+        dy_q = quantize_rows(qkv_gradient(dq, dk, dv, cos, sin))                      # (B T, d + 2 kv_dim)
         dx, dw = linear_backward(dy_q, Quantized(*x_q, (1, ALL)), ctx.block.qkv, x.dtype)
         c, residual = ctx.block.config, residual.flatten(0, 1)
         dx, d_norm = norm_backward(dx, x.flatten(0, 1), norm_weight, c.norm, residual, c.norm_eps)
@@ -633,7 +633,7 @@ class OutNormSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, norm_weight, out_weight, gate_up_weight, down_weight, block):
-        y_q = quantize_norm(y, "none")
+        y_q = quantize_rows(y)
         x = matmul(y_q, block.out.w, x.dtype, add=x)
         x_q = block.norm2(x, quantize_norm)                                           # (T, d)
         h = matmul(x_q, block.gate_up.w, x.dtype)                                     # (T, 2 ffn)
@@ -647,11 +647,11 @@ class OutNormSwiGLU(torch.autograd.Function):
     def backward(ctx, dz):
         (x, norm_weight, *saved), block, c = ctx.saved_tensors, ctx.block, ctx.block.config
         y_q, x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4, 6))
-        da, dw_down = linear_backward(quantize_norm(dz, "none"), a_q, block.down, x.dtype)
+        da, dw_down = linear_backward(quantize_rows(dz), a_q, block.down, x.dtype)
         dh_q = quantize_swiglu_gradient(h_q, da)                                      # (T, 2 ffn)
         dx, dw_gate_up = linear_backward(dh_q, x_q, block.gate_up, x.dtype)
         dx, d_norm = norm_backward(dx, x, norm_weight, c.norm, dz, c.norm_eps)
-        dy, dw_out = linear_backward(quantize_norm(dx, "none"), y_q, block.out, x.dtype)
+        dy, dw_out = linear_backward(quantize_rows(dx), y_q, block.out, x.dtype)
         return dx, dy, d_norm, dw_out, dw_gate_up, dw_down, None
 
 
@@ -681,7 +681,7 @@ class FusedMixture(torch.autograd.Function):
         (x, norm_weight, score, chosen, p, token, row, first, of_tile, *saved) = ctx.saved_tensors
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
         groups, block = Groups(first, of_tile), ctx.block
-        dy_q = take(quantized_of_all(quantize_norm(dz, "none"), block.peers), token)      # (R, d)
+        dy_q = take(quantized_of_all(quantize_rows(dz), block.peers), token)      # (R, d)
         da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)
