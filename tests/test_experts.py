@@ -19,9 +19,11 @@ from fp8_formats import E4M3
 from gemm_kernel import relative_error
 from microscale import ALL, RECIPES, quantize_reference, sqnr
 from model import ModelConfig, Transformer
+from test_model import swiglu_with_gradient_at_e4m3
 
 CONFIG = ModelConfig(vocab=64, seq=64, d=128, layers=1, heads=4, ffn=128, experts=4, top_k=2)
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16]   # FP32 is for CPUs
+TOLERANCE = 5e-3 if DEVICE == "cuda" else 1e-6   # FP32 sums of up to 256 terms; on a GPU, of 14 bits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHOICES = {   # (T, k): which expert of four each choice of each token is
@@ -48,8 +50,8 @@ def chosen_of(name):
 def test_every_choice_has_a_row_of_its_own_among_those_of_its_expert(name, align):
     chosen, E = chosen_of(name), 4
     (T, k), r = chosen.shape, m.route(chosen, E, align)
-    R = len(r.token)
-    assert R % align == 0 and R >= T * k and r.row.shape == (T, k)
+    R = (T * k + E * (align - 1) + align - 1) // align * align   # the most that any choice takes
+    assert len(r.token) == R and r.row.shape == (T, k)
     assert r.load.tolist() == [(chosen == e).sum().item() for e in range(E)]
     first = r.groups.first.tolist()
     assert first[0] == 0 and all(start % align == 0 for start in first) and first[-1] <= R
@@ -67,22 +69,19 @@ def test_every_choice_has_a_row_of_its_own_among_those_of_its_expert(name, align
     assert 0 <= r.token.min() and r.token.max() < T   # the rows that fill up are some token's as well
 
 
-def test_the_number_of_rows_depends_on_no_choice():
-    assert len({len(m.route(torch.full((40, 2), e, device=DEVICE), 4).token) for e in range(4)}) == 1
-
-
 def test_moving_there_and_back_multiplies_by_the_number_of_choices_and_its_gradient_is_its_transpose():
     r, x = m.route(chosen_of("ragged"), 4), random(280, 16).requires_grad_()
     there = m.Move.apply(x, r.token, r.row)
     torch.testing.assert_close(m.Move.apply(there, r.row, r.token), 2 * x)
-    dy = random(*there.shape, seed=1) * used(r)[:, None]
+    dy = random(*there.shape, seed=1) * sum(rows_of_experts(r))[:, None]
     expected = torch.zeros_like(x).index_add(0, r.token, dy)
     torch.testing.assert_close(torch.autograd.grad(there, x, dy)[0], expected)
 
 
-def used(r):
-    """Return which rows (R,) are choices."""
-    return torch.zeros(len(r.token), dtype=torch.bool, device=DEVICE).index_fill(0, r.row.flatten(), True)
+def rows_of_experts(r):
+    """Return for each of four experts which rows (R,) are choices of it."""
+    used = torch.zeros(len(r.token), dtype=torch.bool, device=DEVICE).index_fill(0, r.row.flatten(), True)
+    return [used & (r.groups.of_tile.repeat_interleave(128) == e) for e in range(4)]
 
 
 def operands(name, N=256, K=144):
@@ -98,19 +97,12 @@ def operands(name, N=256, K=144):
 @pytest.mark.parametrize("name", CHOICES)
 def test_each_group_of_rows_is_multiplied_by_its_own_matrix(name, promote, kernels):
     r, x, dy, w, w_t = operands(name)
-    rows, expert = used(r), r.groups.of_tile.long().repeat_interleave(128)
-    X, dY, W = (q.dequantize().double() for q in (x, dy, w))
-    W = W.view(4, 256, 144)
-    exact = {"fprop": torch.einsum("rk,rnk->rn", X, W[expert]),
-             "dgrad": torch.einsum("rn,rnk->rk", dY, W[expert])}
-    # FP32 sums of up to 256 terms; on a GPU, of 14 bits
-    tolerance = 5e-3 if DEVICE == "cuda" else 1e-6
+    matrices = w.dequantize().double().chunk(4)
     for way, a, b in (("fprop", x, w), ("dgrad", dy, w_t)):
         y = gk.matmul(a, b, torch.float32, promote, groups=r.groups, way=way)
-        assert relative_error(y[rows], exact[way][rows]) < tolerance, way
-        for e in range(4):   # an expert of small weights is as exact
-            mine = rows & (expert == e)
-            assert not mine.any() or relative_error(y[mine], exact[way][mine]) < tolerance, (way, e)
+        for e, mine in enumerate(rows_of_experts(r)):   # an expert of small weights is as exact
+            exact = a.dequantize().double()[mine] @ (matrices[e].t() if way == "fprop" else matrices[e])
+            assert not mine.any() or relative_error(y[mine], exact) < TOLERANCE, (way, e)
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -118,43 +110,39 @@ def test_wgrad_adds_what_the_tokens_of_each_expert_give_and_nothing_else(name, k
     r, x, dy, _, _ = operands(name)
     for q in (x, dy):   # what was never written
         q.scale[r.groups.first[-1]:] = float("nan")
-    dy.data.view(torch.uint8)[~used(r)] = 0   # as of copies that fill up an expert's rows: their p is 0
-    grad, expert = random(4 * 256, 144), r.groups.of_tile.long().repeat_interleave(128)
+    experts, grad = rows_of_experts(r), random(4 * 256, 144)
+    dy.data.view(torch.uint8)[sum(experts) == 0] = 0   # as of copies that fill up an expert's rows: their p is 0
     before = grad.clone()
     dy_t, x_t = gk.transpose_for_wgrad(dy, x, r.groups)
     gk.matmul(dy_t, x_t, promote=True, add=grad, out=grad, groups=r.groups, way="wgrad")
     dY, X = (dy_t.dequantize().t().double(), x.data.float().double())   # what is left of dY after the fold
-    for e in range(4):
-        mine = used(r) & (expert == e)
-        expected = before[256 * e:256 * (e + 1)] + dY[mine].t() @ X[mine]
-        assert relative_error(grad[256 * e:256 * (e + 1)], expected) < (5e-3 if DEVICE == "cuda" else 1e-6), e
+    for mine, new, old in zip(experts, grad.chunk(4), before.chunk(4)):
+        assert relative_error(new, old + dY[mine].t() @ X[mine]) < TOLERANCE
 
 
-@pytest.mark.parametrize("way, change", [("fprop", lambda q: q[:-1]), ("wgrad", lambda q: q[:, :-16])])
-def test_rows_that_do_not_fit_their_groups_are_refused(way, change):
-    r, x, dy, w, _ = operands("ragged")
-    a, b = (x, w) if way == "fprop" else gk.transpose_for_wgrad(dy, x, r.groups)
-    q = ms.Quantized(change(a.data), a.scale[:-1] if way == "fprop" else a.scale, a.block)
-    with pytest.raises(ValueError, match=f"FP8 {way} of .* in groups that have 1152 rows"):
-        gk.matmul(q, b, groups=r.groups, way=way)
+def test_rows_and_outputs_that_do_not_fit_their_groups_are_refused():
+    r, x, dy, w, w_t = operands("ragged")
+    dy_t, x_t = gk.transpose_for_wgrad(dy, x, r.groups)
+    for way, a, b in (("fprop", ms.Quantized(x.data[:-1], x.scale[:-1], x.block), w),
+                      ("wgrad", ms.Quantized(dy_t.data[:, :-16], dy_t.scale, dy_t.block), x_t),
+                      ("dgrad", ms.Quantized(dy.data[:, :240], dy.scale, dy.block),   # 240 outputs, not 256
+                       ms.Quantized(w_t.data[:, :4 * 240], w_t.scale, (ALL, 240)))):
+        with pytest.raises(ValueError, match=f"FP8 {way} of .* in groups that have 1152 rows"):
+            gk.matmul(a, b, groups=r.groups, way=way)
 
 
-def test_a_weight_with_one_scale_for_all_experts_and_outputs_beside_tiles_do_not_reach_the_kernel():
+def test_a_weight_with_one_scale_for_all_experts_does_not_reach_the_kernel():
     r, x, dy, w, w_t = operands("ragged")
     assert gk.kernel_can_multiply(x, w, r.groups, "fprop")
     assert gk.kernel_can_multiply(dy, w_t, r.groups, "dgrad")
-    one = ms.Quantized(w.data, w.scale[:1], (ALL, ALL))
-    assert not gk.kernel_can_multiply(x, one, r.groups, "fprop")
-    narrow = ms.Quantized(w_t.data[:, :4 * 240], w_t.scale, (ALL, 240))   # of 240 outputs, not 256
-    with pytest.raises(ValueError, match="960 outputs in groups that have 1152 rows"):
-        gk.matmul(ms.Quantized(dy.data[:, :240], dy.scale, dy.block), narrow, groups=r.groups, way="dgrad")
+    assert not gk.kernel_can_multiply(x, ms.Quantized(w.data, w.scale[:1], (ALL, ALL)), r.groups, "fprop")
 
 
 # ---------------------------------------------------------------------------------------------------
 # SwiGLU times a probability, and a scale for each expert
 
 def test_swiglu_times_a_probability_is_quantized_once_and_gives_its_gradient(kernels):
-    h, da, p = random(40, 600), random(40, 300, seed=1), torch.rand(40).to(DEVICE)
+    h, da, p = random(16, 600), random(16, 300, seed=1), torch.rand(16).to(DEVICE)
     p[3] = 0
     a, h_q = ms.quantize_swiglu(h, p)
     assert sqnr(ms.swiglu(h) * p[:, None], a.dequantize()) > 30 and (a.dequantize()[3] == 0).all()
@@ -273,13 +261,6 @@ CHANGES = {"": {}, "LayerNorm": dict(norm="layer"), "one expert": dict(experts=1
            "many empty": dict(experts=16, B=1, T=16)}
 
 
-def swiglu_with_gradient_at_e4m3(h):
-    """Return swiglu(h), with the gradient at what the fused mixture keeps of h = [gate, up]: FP8."""
-    rounded = quantize_reference(h.detach(), block=(1, ALL)).dequantize()
-    a = ms.swiglu(h.float() + (rounded - h.float()).detach())
-    return (a + (ms.swiglu(h.float()) - a).detach()).to(h.dtype)
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_the_fused_mixture_equals_the_one_computed_layer_by_layer(change, monkeypatch):
     """In float32 only values next to a tie of E4M3 are rounded apart. The gradient of p is that of the FP8
@@ -299,6 +280,8 @@ def test_the_fused_mixture_equals_the_one_computed_layer_by_layer(change, monkey
 
 @needs_triton
 def test_with_kernels_the_fused_mixture_is_the_one_without(monkeypatch):
+    if DEVICE == "cpu":   # the interpreter takes 12 s for those of SwiGLU in 384 rows: see the test of them
+        monkeypatch.setattr(ms, "MAX_ELEMENTS", 384 * 256)
     seen = []
     for kernels in (False, True):
         let_kernels_run(kernels, monkeypatch)
@@ -407,19 +390,3 @@ def test_what_is_watched_leaves_out_the_rows_that_fill_up():
         filled = [torch.cat((each, each[:1].expand(192, -1) * (each is not z))) for each in (x, dy)]
         assert m.shares_lost(*filled, RECIPES["moss"]) == expected
     assert all(share == 0 for share in m.shares_lost(x[:0], dy[:0], RECIPES["moss"]).values())
-
-
-@pytest.mark.parametrize("change", [dict(experts=4), dict(top_k=2, experts=0), dict(top_k=5), dict(top_k=-1)])
-def test_impossible_numbers_of_experts_are_refused(change):
-    with pytest.raises(ValueError, match="top_k"):
-        dataclasses.replace(CONFIG, **{"top_k": 0, **change})
-
-
-def test_parameters_total_and_active_are_those_of_the_presets():
-    for preset, total, active in (("nano-moe", 3.5e6, 1.1e6), ("moe-1b", 924e6, 320e6),
-                                  ("olmoe-1b-7b", 6919e6, 1282e6)):
-        with torch.device("meta"):
-            model = Transformer(m.PRESETS[preset])
-        count = sum(p.numel() for p in model.parameters())
-        assert count == pytest.approx(total, rel=0.02)
-        assert count - m.idle_weights(model) == pytest.approx(active, rel=0.02)

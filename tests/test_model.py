@@ -52,10 +52,16 @@ def gradients(model, B=2, x=None):
 # ---------------------------------------------------------------------------------------------------
 # Counts, and the decoder
 
-def test_parameter_counts_equal_the_published_ones():
-    for preset, count in (("olmo-7b", 6_888_095_744), ("llama2-7b", 6_738_415_616), ("1b", 1_176_764_416)):
-        with torch.device("meta"):
-            assert sum(p.numel() for p in Transformer(PRESETS[preset]).parameters()) == count, preset
+@pytest.mark.parametrize("preset, total, active, rounding", [
+    ("olmo-7b", 6_888_095_744, 6_888_095_744, 0), ("llama2-7b", 6_738_415_616, 6_738_415_616, 0),
+    ("1b", 1_176_764_416, 1_176_764_416, 0), ("olmoe-1b-7b", 6919e6, 1282e6, 0.02),
+    ("moe-1b", 924e6, 320e6, 0.02), ("nano-moe", 3.5e6, 1.1e6, 0.02)])
+def test_parameter_counts_in_total_and_per_token_equal_the_published_ones(preset, total, active, rounding):
+    with torch.device("meta"):
+        model = Transformer(PRESETS[preset])
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(total, rel=rounding, abs=0)
+    assert count - m.idle_weights(model) == pytest.approx(active, rel=rounding, abs=0)
 
 
 @pytest.mark.parametrize("fork", [False, True])
@@ -186,7 +192,7 @@ def block_step(config, fp8, dtype, B, T, fused=True):
 
 def swiglu_with_gradient_at_e4m3(h):
     """Return swiglu(h), with the gradient at what a fused block keeps of h = [gate, up]: FP8."""
-    rounded = quantize(h.detach().flatten(0, 1), block=(1, ALL)).dequantize().view_as(h)
+    rounded = quantize(h.detach().flatten(0, -2), block=(1, ALL)).dequantize().view_as(h)
     a = swiglu(h.float() + (rounded - h.float()).detach())
     return (a + (swiglu(h.float()) - a).detach()).to(h.dtype)
 
@@ -404,6 +410,8 @@ def test_initial_weights_are_the_same_under_every_recipe_and_smaller_where_the_r
 @pytest.mark.parametrize("change, options, message", [
     ({"d": 66}, (), "d = 66"), ({"kv_heads": 3}, (), "heads = 4"), ({"kv_heads": -2}, (), "kv_heads -2"),
     ({"heads": 0}, (), "heads = 0"), ({"layers": 0}, (), "layers = 0"), ({"ffn": -96}, (), "ffn = -96"),
+    ({"experts": 4}, (), "top_k = 0"), ({"top_k": 2}, (), "top_k = 2"),
+    ({"experts": 4, "top_k": 5}, (), "top_k = 5"), ({"experts": 4, "top_k": -1}, (), "top_k = -1"),
     ({"norm": "batch"}, (), "'batch'"), ({}, ("fp4",), "'fp4'.*none, tensor, group, mx, moss"),
     ({}, ("moss", "act"), "'act'.*none, block"),
     ({"ffn": 100}, ("moss",), "layer blocks.0.gate_up: .*out = 200 .*multiple of 16, .*--fp8 moss")], ids=str)
