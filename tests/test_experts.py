@@ -111,7 +111,7 @@ def test_wgrad_adds_what_the_tokens_of_each_expert_give_and_nothing_else(name, k
     for q in (x, dy):   # what was never written
         q.scale[r.groups.first[-1]:] = float("nan")
     experts, grad = rows_of_experts(r), random(4 * 256, 144)
-    dy.data.view(torch.uint8)[sum(experts) == 0] = 0   # as of copies that fill up an expert's rows: their p is 0
+    dy.data.view(torch.uint8)[sum(experts) == 0] = 0   # as of copies that fill up rows: their p is 0
     before = grad.clone()
     dy_t, x_t = gk.transpose_for_wgrad(dy, x, r.groups)
     gk.matmul(dy_t, x_t, promote=True, add=grad, out=grad, groups=r.groups, way="wgrad")

@@ -936,7 +936,7 @@ MISTAKES = {   # options: what the line says
     **{f"--data {x}": ["Permission denied", "locked"] for x in ("d", "d/**/*.txt", "d/*/*.txt", "d/**")},
     "--data nowhere": ["nowhere", "does not exist", "give a folder, a file or a pattern"],
     **{f"--data {name}": words for name, (_, words) in BAD_DATA.items()}}
-MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench"]
+MODES = ["--resume", "--eval_only", "--sample a", "--plot a.png", "--bench", "--export a"]
 
 
 @pytest.fixture(scope="module")
