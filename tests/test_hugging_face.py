@@ -36,13 +36,8 @@ def make(config, seed=0):
 
 def tokenizer_file(path, size=300, end="<|endoftext|>"):
     """Train a tokenizer of pairs of bytes, fill it up to `size` tokens, and write it."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=[end], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT * 3], trainer)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT * 3], vocab_size=280, special_tokens=[end], show_progress=False)
     tokenizer.add_tokens([f"<{i}>" for i in range(size - tokenizer.get_vocab_size())])
     tokenizer.save(str(path))
     return tokenizer
@@ -383,7 +378,7 @@ def test_a_preset_grows_to_the_vocabulary_of_a_tokenizer(texts, tmp_path):
     assert run.model.config.vocab == 384   # 300 up to a multiple of 128
 
 
-@pytest.mark.parametrize("options, message", [
+@pytest.mark.parametrize("argv, message", [
     ("--init nowhere", "config.json"), ("--init bare", "has no tokenizer"),
     ("--init model --model 124m", "--model 124m has hidden_size 768"),
     ("--init model --model nano-moe", "8 experts"), ("--init model --calibrate 9", "--eval_only"),
@@ -393,19 +388,17 @@ def test_a_preset_grows_to_the_vocabulary_of_a_tokenizer(texts, tmp_path):
     ("--init model --tokenizer model/config.json", "is no tokenizer.json"),
     ("--init model --tokenizer endless.json", "no token for the end of a text"),
     ("--export somewhere", "no checkpoint"), ("--export texts --init model", "not empty")])
-def test_mistakes_are_one_line_and_exit_code_2(options, message, folder, texts, tmp_path, monkeypatch,
-                                               capsys):
+def test_mistakes_are_one_line_and_exit_code_2(argv, message, folder, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     m.save_folder(make(TINY), tmp_path / "bare")
     tokenizer_file(tmp_path / "big.json", size=330)
     tokenizer_file(tmp_path / "endless.json", end="<pad>")
-    assert_refused(capsys, message, *options.split(), "--data", "texts", "--device", "cpu")
+    assert_refused(capsys, message, *argv.split(), "--data", "texts", "--device", "cpu")
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers", "huggingface_hub"])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(package, folder, texts, tmp_path,
-                                                                       monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_command(package, folder, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     mode = ["--export", tmp_path / "x"] if package == "huggingface_hub" else ["--eval_only", "--data", texts]
     assert_refused(capsys, f"pip install {package}", *mode, "--init", folder, "--device", "cpu",
