@@ -177,7 +177,7 @@ def test_a_scale_for_each_expert_is_measured_and_predicted_as_if_it_were_a_weigh
 # ---------------------------------------------------------------------------------------------------
 # The block
 
-def block_step(fp8, dtype=DTYPES[0], fused=True, seed=0, B=3, T=48, recompute="none", ranks=None, **change):
+def block_step(fp8, dtype=DTYPES[0], fused=True, B=3, T=48, recompute="none", ranks=None, **change):
     """Return output, load and all gradients by name of one block that chooses well apart."""
     torch.manual_seed(0)
     model = Transformer(dataclasses.replace(CONFIG, **change), fp8, recompute).to(DEVICE)
@@ -189,7 +189,7 @@ def block_step(fp8, dtype=DTYPES[0], fused=True, seed=0, B=3, T=48, recompute="n
     for layer in model.linears():
         layer.requantize()
     block.fused = block.fused and fused
-    x, dy = (random(B, T, 128, seed=s).to(dtype) for s in (seed, seed + 1))
+    x, dy = (random(B, T, 128, seed=seed).to(dtype) for seed in (0, 1))
     y, load = block(x.requires_grad_(), *m.rope_table(T, 32, 1e4, DEVICE))
     y.backward(dy)
     gradients = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
@@ -246,12 +246,11 @@ def test_every_recipe_is_as_close_to_the_unquantized_block_as_its_numbers_allow(
 
 
 NEAR_ROUTER = ("router.weight", "norm2.weight", "input", "norm1.weight", "qkv.weight", "out.weight")
-CHANGES = {"": {}, "LayerNorm": dict(norm="layer"), "one expert": dict(experts=1, top_k=1),
-           "all experts": dict(top_k=4), "16 tokens": dict(B=1, T=16),
-           "many empty": dict(experts=16, B=1, T=16)}
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize("change", [
+    {}, dict(norm="layer"), dict(experts=1, top_k=1), dict(top_k=4), dict(B=1, T=16),
+    dict(experts=16, B=1, T=16)], ids=str)   # the last leaves many experts empty
 def test_the_fused_mixture_equals_the_one_computed_layer_by_layer(change, monkeypatch):
     """In float32 only values next to a tie of E4M3 are rounded apart. The gradient of p is that of the FP8
     [gate, up]: 25 dB or more. With one expert p is 1, and its gradient is noise. In BF16, on a GPU, all is

@@ -143,7 +143,7 @@ def test_transformers_reads_what_is_written_and_writes_what_is_read(name, tmp_pa
     theirs.save_pretrained(tmp_path / "back")
     again = loaded(tmp_path / "back")
     assert again.config == replace(ours.config, kv_heads=ours.config.kv_heads or ours.config.heads)
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters()))
+    assert all(map(torch.equal, ours.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -168,8 +168,7 @@ def test_large_models_are_written_in_parts_with_an_index(tmp_path):
     for file in files:
         with safetensors.safe_open(file, "pt") as part:
             assert part.metadata()["format"] == "pt" and file.stat().st_size < 60_000
-    again = loaded(tmp_path / "out")
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    assert all(map(torch.equal, model.parameters(), loaded(tmp_path / "out").parameters()))
 
 
 @pytest.mark.parametrize("name, value, message", [
@@ -215,11 +214,6 @@ def change_tensor(folder, name, change):
     safetensors.save_file({k: x for k, x in tensors.items() if x is not None}, folder / "model.safetensors")
 
 
-def move_weights_elsewhere(folder):
-    (folder / "model.safetensors").rename(folder / "../model.safetensors")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
-
-
 BROKEN = {   # what is said: what was done
     f"lacks 1 weights, first {UP}": lambda folder: change_tensor(folder, UP, lambda x: None),
     f"{UP} is torch.int8": lambda folder: change_tensor(folder, UP, lambda x: x.to(torch.int8)),
@@ -231,7 +225,9 @@ BROKEN = {   # what is said: what was done
     "holds list": lambda folder: (folder / "config.json").write_text("[]"),
     "is damaged": lambda folder: os.truncate(folder / "model.safetensors", 50_000),
     "model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
-    "names no files of this folder": move_weights_elsewhere}
+    "names no files of this folder": lambda folder: [
+        (folder / "model.safetensors").rename(folder / "../elsewhere"),
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere"}}')]}
 
 
 @pytest.mark.parametrize("message", BROKEN)
