@@ -23,11 +23,8 @@ TOLERANCE = 5e-3 if DEVICE == "cuda" else 1e-6   # FP32 sums of up to 256 terms;
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHOICES = {   # (T, k): which expert of four each choice of each token is
-    "ragged": [[0, 1]] * 150 + [[0, 3]] * 3 + [[1, 0]] * 127,
-    "all on one": [[2]] * 300,
-    "a full tile": [[3]] * 128,
-    "one token each": [[0], [1], [2], [3]],
-    "16 tokens": [[1, 2, 3]] * 16}
+    "ragged": [[0, 1]] * 150 + [[0, 3]] * 3 + [[1, 0]] * 127, "all on one": [[2]] * 300,
+    "a full tile": [[3]] * 128, "one token each": [[0], [1], [2], [3]], "16 tokens": [[1, 2, 3]] * 16}
 
 
 def random(*shape, seed=0):
