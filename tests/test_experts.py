@@ -287,7 +287,7 @@ def test_x_and_dy_are_quantized_once_per_token_and_nothing_else_by_itself(monkey
     """A mixture in the manner of DeepSeek-V3 casts 12 times, the paper's and this one twice: X in the kernel
     of the norm, and dY. SwiGLU and its gradient are cast where they are computed."""
     casts = []
-    for name in ("quantize_norm", "quantize_swiglu", "quantize_swiglu_gradient"):
+    for name in ("quantize_norm", "quantize_rows", "quantize_swiglu", "quantize_swiglu_gradient"):
         def spy(*arguments, name=name, original=getattr(m, name), **options):
             casts.append((name, len(getattr(arguments[0], "data", arguments[0]))))
             return original(*arguments, **options)
@@ -295,8 +295,8 @@ def test_x_and_dy_are_quantized_once_per_token_and_nothing_else_by_itself(monkey
     block_step("moss", B=3, T=48)
     T, R = 3 * 48, len(m.route(torch.zeros(3 * 48, 2, dtype=torch.int64), 4).token)
     # of attention X (norm1) and dY (of qkv); FP8Linear casts for `out`
-    assert casts == [("quantize_norm", T), ("quantize_norm", T), ("quantize_swiglu", R), ("quantize_norm", T),
-                     ("quantize_swiglu_gradient", R), ("quantize_norm", T)]
+    assert casts == [("quantize_norm", T), ("quantize_norm", T), ("quantize_swiglu", R), ("quantize_rows", T),
+                     ("quantize_swiglu_gradient", R), ("quantize_rows", T)]
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
