@@ -272,9 +272,9 @@ class FP8AdamW(torch.optim.AdamW):
                 gradients[p], p.grad = p.grad, None   # so that nothing is left for AdamW
             elif layer.copies:
                 others.append(layer)
-        for p in group_of if self.factor is not None else ():
-            if p.grad is not None:
-                p.grad *= self.factor
+        rest = [p.grad for p in group_of if p.grad is not None]
+        if rest and self.factor is not None:
+            torch._foreach_mul_(rest, self.factor)
         # AdamW's step without the hooks that PyTorch wraps around every step(): those of this one have run
         inspect.unwrap(torch.optim.AdamW.step, stop=lambda f: not hasattr(f, "hooked"))(self)
         for p, gradient in gradients.items():

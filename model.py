@@ -681,7 +681,7 @@ class FusedMixture(torch.autograd.Function):
         (x, norm_weight, score, chosen, p, token, row, first, of_tile, *saved) = ctx.saved_tensors
         x_q, h_q, a_q = (Quantized(*saved[i:i + 2], (1, ALL)) for i in (0, 2, 4))
         groups, block = Groups(first, of_tile), ctx.block
-        dy_q = take(quantized_of_all(quantize_rows(dz), block.peers), token)      # (R, d)
+        dy_q = take(quantized_of_all(quantize_rows(dz), block.peers), token)              # (R, d)
         da, dw_down = linear_backward(dy_q, a_q, block.down, x.dtype, groups)             # (R, ffn)
         dh_q, dp = quantize_swiglu_gradient(h_q, da, p)                                   # (R, 2 ffn), (R,)
         dx, dw_gate_up = linear_backward(dh_q, take(x_q, token), block.gate_up, x.dtype, groups)

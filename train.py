@@ -50,7 +50,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from autoscale import MUON, FP8AdamW, WeightScales, check_optimizer, muon_step_bound
 from fp8_formats import E4M3, picture
-from gemm_kernel import matmul
+from gemm_kernel import matmul, times
 from microscale import ALL, HAS_TRITON, RECIPES, kernels_run_on, quantize, transposed
 from model import (PRESETS, RECOMPUTE, ModelConfig, Transformer, calibrate, config_for, config_of,
                    flops_per_token, idle_weights, load_weights, save_folder, spread_experts, watch)
@@ -380,8 +380,9 @@ def capture(run, tokens, targets, count):
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
     with torch.cuda.graph(graph, pool.id, torch.cuda.current_stream(), capture_error_mode="thread_local"):
         loss = micro_batch(run, tokens, targets, count)
-    return SimpleNamespace(tokens=tokens, targets=targets, replay=graph.replay, loss=loss, loads=getattr(
-        run.model, "loads", None), memory=partial(torch.cuda.use_mem_pool, pool))
+    loads = getattr(run.model, "loads", None)
+    return SimpleNamespace(tokens=tokens, targets=targets, loss=loss, loads=loads, replay=graph.replay,
+                           memory=partial(torch.cuda.use_mem_pool, pool))
 
 
 def evaluate(run, gradient=False):
@@ -441,8 +442,7 @@ def loop(run, log, saver):
                 group["lr"] = lr
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
         loss, loads, last_batch = forward_backward(run, step)
-        with run.graph.memory() if run.graph else nullcontext():   # it is free between micro-batches
-            health = scale_health(run, *last_batch) if logging else {}
+        health = scale_health(run, *last_batch) if logging else {}
         norm = gradient_norm(run)
         # All learn the mean loss, and whether a rank was told to stop: the one wait for the GPU in a step.
         shared = all_reduce(torch.cat((loss.view(1), loss.new_tensor([stop.received]), loads.flatten())))
@@ -618,7 +618,8 @@ def scale_health(run, tokens, targets):
         ratios = torch.cat(sum(gather(own), [])).tolist()   # below 1 weights saturate
         health.update(scale_ratio=max(ratios), scale_ratio_min=min(ratios))
     if run.c.fp8 != "none":
-        records = watch(run.model, tokens, targets)
+        with run.graph.memory() if run.graph else nullcontext():   # it is free between micro-batches
+            records = watch(run.model, tokens, targets)
         for key in dict.fromkeys(key for record in records for key in record):
             health[key] = torch.stack([record[key] for record in records if key in record]).mean().item()
     return health
@@ -1401,12 +1402,10 @@ def bench(c):
 @lru_cache
 def rates(device):
     """Return the FLOP/s of BF16 and of FP8 products, and the bytes/s of a copy, that a GPU reaches."""
-    from triton.testing import do_bench
     x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     (q, w), y = (quantize(x, E4M3, (n, ALL), "up") for n in (1, ALL)), torch.empty_like(x)
-    works = ((lambda: x @ x.t(), 2 * 8192**3), (lambda: matmul(q, w), 2 * 8192**3),
-             (lambda: y.copy_(x), 2 * x.nbytes))
-    return [1e3 * work / do_bench(f, rep=200) for f, work in works]
+    ms = times({"bf16": lambda: x @ x.t(), "fp8": lambda: matmul(q, w), "copy": lambda: y.copy_(x)})
+    return 2e3 * 8192**3 / ms["bf16"], 2e3 * 8192**3 / ms["fp8"], 2e3 * x.nbytes / ms["copy"]
 
 
 def least_seconds(run, kept):

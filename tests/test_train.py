@@ -1264,6 +1264,19 @@ def test_bench_times_every_recipe_all_micro_batches_and_one_optimizer_step(tmp_p
     assert math.isnan(rows["moss"]["x none"]) and rows["none"]["x none"] == 1   # none comes after moss
 
 
+@pytest.mark.parametrize("recipe", ["none", "moss"])
+def test_the_limit_of_a_step_counts_its_products_and_its_least_traffic(recipe, tiny, monkeypatch):
+    c = train.parse_config(tiny(f"--fp8 {recipe} --accum 3"))
+    run = train.build(c, train.start(c)[0])
+    monkeypatch.setattr(train, "rates", lambda device: (1e3, 2e3, 1e6))   # FLOP/s in BF16, in FP8; bytes/s
+    tokens, size = 3 * c.batch * c.seq, sum(p.numel() for p in run.model.parameters())
+    flops = train.flops_per_token(run.model)
+    linear = 6 * sum(layer.weight.numel() for layer in run.model.linears())
+    products = flops / 1e3 if recipe == "none" else linear / 2e3 + (flops - linear) / 1e3
+    traffic = 3 * (2 * 5000 + 8 * size) + 30 * size   # 5000 bytes are kept
+    assert train.least_seconds(run, 5000) == pytest.approx(tokens * products + traffic / 1e6)
+
+
 def test_eval_only_compares_recipes_and_gives_the_last_loss(tiny, tmp_path, out, monkeypatch, capsys):
     on_model(monkeypatch, lambda net: net.norm.weight.requires_grad_(False))   # it has no gradient
     run(tiny("--fp8 moss --shard --steps 8 --eval_batches 2"))
