@@ -119,7 +119,7 @@ class Config:
     tensorboard: str = opt(None, "folder to write the log to as well, for tensorboard")
     # time, memory, place
     recompute: str = opt("none", "what the backward pass computes again: none, or block (all but its input)")
-    eager: bool = opt(False, "one GPU: launch kernels one by one, not a micro-batch at once as a CUDA graph")
+    eager: bool = opt(False, "GPU: launch kernels one by one, not a micro-batch at once as a CUDA graph")
     shard: bool = opt(False, "each rank keeps moments and FP32 weights of its share; for recipes like moss")
     expert_parallel: int = opt(1, "ranks that share the experts of a layer: 1, or all ranks", 1)
     seed: int = opt(1337, "of the initial weights and of the order of the data", 0, 2**63 - 1)
@@ -269,11 +269,16 @@ def requantize(run):
         if run.mine(layer.weight):
             before = layer.copies
             layer.requantize(run.scale_of.get(layer.weight))
-            if run.captures and before:   # a CUDA graph reads them where those before were
-                for place, new in zip(before, layer.copies):
-                    place.data.copy_(new.data)
-                    place.scale.copy_(new.scale)
-                layer.set_copies(before)
+            keep_place(run, layer, before)
+
+
+def keep_place(run, layer, before):
+    """Move new copies of a weight to where those before were: that is where a CUDA graph reads them."""
+    if run.captures and before:
+        for place, new in zip(before, layer.copies):
+            place.data.copy_(new.data)
+            place.scale.copy_(new.scale)
+        layer.set_copies(before)
 
 
 def clip(run, norm):
@@ -323,7 +328,9 @@ def forward_backward(run, step):
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in (*run.model.linears(), run.model.head):   # DDP sends what autograd's hooks have seen
             layer.accumulates = not sends or layer.weight in run.experts
-        loss = (replay if steady and run.captures else micro_batch)(run, tokens, targets, len(mine))
+        with run.graph.memory() if run.graph and sends else nullcontext():   # DDP's hooks are not captured
+            loss = (replay if steady and run.captures and not sends else micro_batch)(
+                run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
@@ -342,15 +349,18 @@ def micro_batch(run, tokens, targets, count):
 
 
 def can_capture(run):
-    """Return whether micro-batches become CUDA graphs: on one GPU, if they do not wait for the host. (Experts
-    that run layer by layer under a recipe do, for their numbers of rows.)"""
+    """Return whether micro-batches become CUDA graphs (of several ranks all but the last of a step): on GPUs,
+    if they do not wait for the host. (Experts on several ranks, or layer by layer under a recipe, do.)"""
     waits = any(block.router and block.qkv.recipe and not block.fused for block in run.model.blocks)
-    return run.ranks.device.type == "cuda" and run.ranks.world == 1 and not run.c.eager and not waits
+    return run.ranks.device.type == "cuda" and not run.c.eager and not run.experts and not waits
 
 
 def keeps_places(run):
     """Return whether the gradients and the FP8 copies are where they were a step before, as a graph needs. By
     then all that it launches has been compiled, too. Else forget the graph, and its memory."""
+    if run.places is None:   # in the first step; DDP moves gradients once, as its second step begins
+        run.places = []
+        return False
     used = [p.grad for p in run.trained]
     used += [x for layer in run.model.linears() for q in layer.copies or () for x in (q.data, q.scale)]
     before, run.places = run.places, [None if x is None else x.data_ptr() for x in used]
@@ -535,7 +545,7 @@ def start(c):
     if reporting:   # then every rank has all weights
         c.shard, c.eager, c.expert_parallel = False, True, 1
     resolve(c, ranks.device, 1 if reporting else ranks.world, saved)
-    if ranks.device.type == "cuda" and ranks.world == 1 and not c.eager:
+    if ranks.device.type == "cuda" and not c.eager:
         torch.cuda.set_stream(torch.cuda.Stream())   # PyTorch does not record its default stream
     return ranks, saved
 
@@ -1052,8 +1062,9 @@ def send_weights(run):
             dist.broadcast(data.view(torch.uint8), owner)
     for p, layer in layers.items():
         if not run.mine(p):
-            w = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1))
+            w, before = replace(layer.copies[0], scale=run.scale_of[p].view(-1, 1)), layer.copies
             layer.set_copies((w, transposed(w)))
+            keep_place(run, layer, before)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1230,6 +1230,28 @@ def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, t
     assert len(graphs) == 1 and same_state(tmp_path / "as usual", tmp_path / "graphs")
 
 
+@pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
+def test_on_two_ranks_graphs_of_all_but_the_last_micro_batch_change_no_weight(recipe, tiny, tmp_path, monkeypatch):
+    usual, captured = f"--fp8 {recipe} --accum 6 --steps 5 --eval_batches 2 --rescale_interval 2", []
+    on_ranks(2, lambda rank: train.main(tiny(usual, "as usual")))
+
+    def capture(run, tokens, targets, count):
+        def replay():
+            graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
+            captured.append(1)
+        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()), loads=None,
+                                memory=nullcontext)
+        return graph
+    monkeypatch.setattr(train, "capture", capture)
+    monkeypatch.setattr(train, "can_capture", lambda run: True)
+
+    def job(rank):
+        code = train.main(tiny(usual, "graphs"))
+        return code or len(captured) != 2 * 3   # two of three micro-batches, from the third step on
+    on_ranks(2, job)
+    assert same_state(tmp_path / "as usual", tmp_path / "graphs")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line, and what there is besides training
 
