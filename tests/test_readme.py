@@ -1,5 +1,6 @@
 """README.md and assets/RESULTS.md are true where a machine can tell: files, links, commands, code, tables."""
 
+import ast
 import json
 import re
 import shlex
@@ -39,6 +40,18 @@ def test_every_file_and_option_and_all_that_the_fork_section_names_exist():
     code = "".join((ROOT / f"{file}.py").read_text("utf-8") for file in ("microscale", "model", "train"))
     defined = set(re.findall(r"^ *(?:def |class )?(\w+)(?: =|\()", code, re.MULTILINE))
     assert "FUSED" in names and names - defined == set()
+
+
+def test_what_the_readme_says_to_read_first_is_there_and_short():
+    """The README up to the quick start, the text at the top of each file, and what is named beside it."""
+    count = README[:README.index("## Quick start")].count("\n")
+    for file, named in re.findall(r"^\| `(\w+)\.py` \| [^|]* \| ([^|]*) \|", README, re.MULTILINE):
+        tree = ast.parse((ROOT / f"{file}.py").read_text("utf-8"))
+        parts = {getattr(part, "name", ast.unparse(part).split(" = ")[0]): part for part in tree.body}
+        read = [tree.body[0], *(parts[name] for name in re.findall(r"`(\w+)`", named))]
+        assert len(read) > 2
+        count += sum(part.end_lineno - part.lineno + 1 for part in read)
+    assert 650 <= count <= 750   # "700 lines"
 
 
 def anchors(page):
