@@ -328,9 +328,9 @@ def forward_backward(run, step):
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
         for layer in (*run.model.linears(), run.model.head):   # DDP sends what autograd's hooks have seen
             layer.accumulates = not sends or layer.weight in run.experts
-        with run.graph.memory() if run.graph and sends else nullcontext():   # DDP's hooks are not captured
-            loss = (replay if steady and run.captures and not sends else micro_batch)(
-                run, tokens, targets, len(mine))
+        compute = replay if steady and run.captures and not sends else micro_batch   # DDP's hooks are eager
+        with run.graph.memory() if run.graph and sends else nullcontext():   # which is free then
+            loss = compute(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads

@@ -1208,47 +1208,45 @@ def test_the_optimizer_takes_the_scheduled_learning_rate_and_decays_no_norms(tin
     assert sum(len(group["params"]) for group in (*decayed, spared)) == len(list(net.parameters()))
 
 
+@pytest.fixture
+def replays(monkeypatch):
+    """Let micro-batches become graphs on a CPU. Nothing can be recorded there: replaying computes. Return the
+    graph of each replay."""
+    replayed = []
+
+    def capture(run, tokens, targets, count):
+        def replay():
+            graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
+            graph.loads = getattr(run.model, "loads", None)
+            replayed.append(graph)
+        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
+                                memory=nullcontext)
+        return graph
+    monkeypatch.setattr(train, "capture", capture)
+    return replayed
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, f"moss {MOE}", pytest.param(f"moss {MUON}", marks=needs_muon)])
-def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, tiny, tmp_path, monkeypatch):
+def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, tiny, tmp_path, monkeypatch,
+                                                                       replays):
     usual = f"--fp8 {recipe} --layers 2 --accum 2 --steps 5 --rescale_interval 2 --eval_every 4 --log_every 4"
     run(tiny(usual, "as usual"))
     for more in ("--eval_every 1 --log_every 1", "--recompute block"):
         run(tiny(f"{usual} {more}", more))
         assert same_state(tmp_path / "as usual", tmp_path / more)
-    graphs = []   # which find every tensor where it was
-
-    def capture(run, tokens, targets, count):   # on a CPU nothing can be recorded: replaying computes
-        def replay():
-            graphs[-1].loss.copy_(train.micro_batch(run, tokens, targets, count))
-            graphs[-1].loads = getattr(run.model, "loads", None)
-        graphs.append(SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()),
-                                      memory=nullcontext))
-        return graphs[-1]
-    monkeypatch.setattr(train, "capture", capture)
     monkeypatch.setattr(train, "can_capture", lambda run: True)
-    run(tiny(usual, "graphs"))
-    assert len(graphs) == 1 and same_state(tmp_path / "as usual", tmp_path / "graphs")
+    run(tiny(usual, "graphs"))   # the third step on: all find every tensor where it was
+    assert len(replays) == 3 * 2 and len(set(map(id, replays))) == 1
+    assert same_state(tmp_path / "as usual", tmp_path / "graphs")
 
 
 @pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
-def test_on_two_ranks_graphs_of_all_but_the_last_micro_batch_change_no_weight(recipe, tiny, tmp_path, monkeypatch):
-    usual, captured = f"--fp8 {recipe} --accum 6 --steps 5 --eval_batches 2 --rescale_interval 2", []
+def test_on_two_ranks_graphs_change_no_weight_and_the_micro_batch_that_sends_is_none(
+        recipe, tiny, tmp_path, monkeypatch, replays):
+    usual = f"--fp8 {recipe} --accum 6 --steps 5 --eval_batches 2 --rescale_interval 2"
     on_ranks(2, lambda rank: train.main(tiny(usual, "as usual")))
-
-    def capture(run, tokens, targets, count):
-        def replay():
-            graph.loss.copy_(train.micro_batch(run, tokens, targets, count))
-            captured.append(1)
-        graph = SimpleNamespace(tokens=tokens, targets=targets, replay=replay, loss=torch.zeros(()), loads=None,
-                                memory=nullcontext)
-        return graph
-    monkeypatch.setattr(train, "capture", capture)
     monkeypatch.setattr(train, "can_capture", lambda run: True)
-
-    def job(rank):
-        code = train.main(tiny(usual, "graphs"))
-        return code or len(captured) != 2 * 3   # two of three micro-batches, from the third step on
-    on_ranks(2, job)
+    on_ranks(2, lambda rank: train.main(tiny(usual, "graphs")) or len(replays) != 3 * (6 // 2 - 1))
     assert same_state(tmp_path / "as usual", tmp_path / "graphs")
 
 
