@@ -16,10 +16,10 @@ repairs the bound: |m_hat / sqrt(v_hat)| can exceed 1. Its exact supremum kappa_
 
     s_t = s_{t-1} |1 - eta_t lambda| + eta_t kappa_t / 448
 
-Its *headroom*, scale / true scale, never falls below 1. Up to about 2^10 it costs next to no accuracy. This
-holds for Adam and AdamW with decoupled decay, for any gradients (clipped, noisy, or none), for amsgrad, whose
-v is only larger, and in exact arithmetic for any eps. Muon's steps have a bound of another kind
-(muon_step_bound). SGD, Lion and L2 decay move weights by other rules.
+Its *headroom*, scale / true scale, costs next to no accuracy up to about 2^10. It never falls below 1 under
+Adam and AdamW with decoupled decay, for any gradients (clipped, noisy, or none), for amsgrad, whose v is only
+larger, and in exact arithmetic for any eps. Muon's steps have a bound of another kind (muon_step_bound). SGD,
+Lion and L2 decay move weights by other rules.
 """
 import argparse
 import inspect
@@ -46,7 +46,7 @@ def adam_update_bound(t: int, beta1: float, beta2: float) -> float:
     The gradient g_i of i steps ago enters m with weight a_i = (1 - beta1) beta1^i, and g_i^2 enters v with
     weight b_i = (1 - beta2) beta2^i. Cauchy-Schwarz for a_i g_i = (a_i / sqrt(b_i)) (sqrt(b_i) g_i), i < t:
 
-        |m| <= sqrt(sum a_i^2 / b_i) sqrt(v),         with equality where g_i ~ a_i / b_i
+        |m| <= sqrt(sum a_i^2 / b_i) sqrt(v),         with equality if g_i is proportional to a_i / b_i
 
     Bias correction divides m by sum a_i = 1 - beta1^t, and v by sum b_i = 1 - beta2^t. All these sums are
     geometric. With S(r) = 1 + r + ... + r^(t-1) the factors 1 - beta1 and 1 - beta2 cancel:
@@ -170,8 +170,8 @@ class WeightScales:
         self.scale.copy_(self.true_scale())
 
     def measures(self, step: int) -> bool:
-        """Return whether update() reads the new weights at this step. If so, call it after optimizer.step().
-        If not, call it before step() of FP8AdamW, which needs the new scales; others take either order."""
+        """Return whether update() reads the new weights at this step. If so, call update() after step() of
+        the optimizer, else before that of FP8AdamW, which needs the new scales. Others take either order."""
         return self.mode == "current" or (self.interval > 0 and step % self.interval == 0)
 
     def update(self, lr, betas, weight_decay: float, step: int, bound=None) -> None:

@@ -7,10 +7,10 @@ rounded to one of them, and which bits stand for it:
     value  --round_to_format-->  nearest grid value  --encode-->  uint8 code  --decode-->  grid value
 
 All arithmetic here is exact except the one rounding. It takes only two kinds of operation: multiplying by a
-power of two, and integer arithmetic on bits. Nothing calls log2(), which rounds, too: the float32 below 8 has
-log2 = 3.0. One wrong exponent turns a value that fits into one that overflows.
+power of two, and integer arithmetic on bits. Nothing calls log2(), because it rounds, too: just below 8 it
+returns 3.0 in float32. One wrong exponent turns a value that fits into one that overflows.
 
-`moss` calls `cast`, `uncast`, `pow2` and `floor_log2`; the rest explains. No gradient passes a rounding.
+`moss` calls `cast` (`round_to_format`, but fast), `uncast`, `pow2` and `floor_log2`; the rest explains.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the formats; arXiv:2209.05433 for E4M3 and E5M2.
 
@@ -139,8 +139,8 @@ def round_to_format(x, fmt, rounding="nearest_even", saturate=True, generator=No
     """Round every element of x to a value of fmt's grid. Shape and dtype stay: all the grids fit in float16
     and in bfloat16, so rounding happens once, from any of the four dtypes.
 
-    Overflow is decided after rounding, as if the top binade went on: in E4M3 the tie 464 goes to the even 448
-    and stays, while 465 goes to 480 and overflows. Overflowing values, Inf included, become
+    Overflow is decided after rounding, as if the top binade went on: in E4M3 the tie 464 goes to 448, 14 x 32
+    (14 is even), while 465 goes to 480 and overflows. Overflowing values, Inf included, become
         ±max    if saturate, or if the format has neither Inf nor NaN
         ±Inf    else, in E5M2
         NaN     else, in E4M3

@@ -4,8 +4,8 @@ The FP8 matrix product on Hopper, and the linear layer made of three of them.
     python gemm_kernel.py       # what a tensor core loses of a sum; on a GPU also error and time of products
 
 Every product here is Y (M, N) = A (M, K) B (N, K)^T. A and B are FP8 numbers Q times scales, stored with K,
-the summed axis, last and contiguous: Hopper's FP8 tensor cores read no other layout. If scales change along
-K, the product of every 32 or 128 of K must be multiplied by its scales before it is added to the sum.
+the summed axis, last and contiguous: Hopper's FP8 tensor cores read no other layout. If scales change every
+32 or 128 of K, the partial sum over these must be multiplied by them before it is added to the sum.
 Ordinary FP32 instructions do that, and the tensor cores wait for them. Other scales leave the sum:
 
     Y[m, n] = scale_a[m] scale_b sum_k Q_a[m, k] Q_b[n, k]
@@ -13,8 +13,8 @@ Ordinary FP32 instructions do that, and the tensor cores wait for them. Other sc
 Then the main loop over K is work for the tensor cores alone. The scales are applied once, after the loop, in
 the *epilogue* (MOSS, arXiv 2511.05811). microscale.py says why one scale per row is enough for `moss`.
 
-A linear layer with K inputs and N outputs computes three products for T tokens. (The last ^T of a line is
-that of A B^T. W^T, dY^T and X^T are copies that are stored transposed.)
+A linear layer with K inputs and N outputs computes three products for T tokens. (Each is an A B^T, whose ^T
+is the last of its line. W^T, dY^T and X^T are copies that are stored transposed.)
 
     fprop   Y  (T, N) = X   (T, K)  W  (N, K)^T       sums over the inputs K
     dgrad   dX (T, K) = dY  (T, N)  W^T(K, N)^T       sums over the outputs N
@@ -142,6 +142,16 @@ def fp8_linear(x, weight, w, w_t, recipe):
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+# Why promote dgrad and wgrad (move the sum out of the tensor core after every 2048 of K), and not fprop:
+# A tensor core keeps about 14 bits of a running sum, and cuts off the rest. On an H200 that costs 0.3% of the
+# result at K = 16384, where the terms of a sum cancel. Where all have one sign (operands of mean 2, deviation
+# 1), every cut goes the same way, and 26% is lost. Promoted sums lose 0.085% and 2.8%.
+#
+# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. Gradients of one sign, as from the mean
+# of an input, would lose a part of themselves at every step, and nothing adapts to that. fprop sums over d or
+# ffn inputs. Its error makes the model a slightly different function, the same at every step: weights adapt.
+# Promoted, fprop takes 5% more time. Gradients at the same weights are then 6.3% off BF16's, not 13.6%,
+# but the loss changes by less than 0.1%, and training at `1b` ended 0.09% lower: seeds differ by more.
 class FP8Linear(torch.autograd.Function):
     """Compute Y = X W^T with all three products in FP8, and keep X for the backward pass in FP8 only.
 
@@ -153,7 +163,7 @@ class FP8Linear(torch.autograd.Function):
         x_q, x_t = quantize_for_both_sums(x, FORMATS[recipe.act_format], recipe)
         ctx.save_for_backward(x_t.data, x_t.scale, x_t.global_scale)
         ctx.w_t, ctx.recipe, ctx.weight_dtype = w_t, recipe, weight.dtype
-        return matmul(x_q, w, x.dtype)   # not promoted: "Why promote" below
+        return matmul(x_q, w, x.dtype)   # not promoted: "Why promote" above
 
     @staticmethod
     @once_differentiable
@@ -186,7 +196,7 @@ def wgrad_factor(dy, x, groups=None):
         dW[n, k] = sum_t scale_dy[t] scale_x[t] dY[t, n] X[t, k] = common sum_t factor[t] dY[t, n] X[t, k]
 
     Quantized dY (T, N), X (T, K) have a scale per token, else ValueError. Powers of two give powers of two.
-    All groups share one. Rows that belong to no group get the factor 0, whatever they hold."""
+    All groups share that scale. Rows that belong to none get the factor 0, whatever they hold."""
     if dy.block != (1, ALL) or x.block != (1, ALL) or dy.data.shape[0] != x.data.shape[0]:
         raise ValueError(f"wgrad of {len(dy.data)} tokens, blocks {dy.block}, and {len(x.data)}, {x.block}: "
                          f"pass dY and X of the same tokens, both quantized in blocks (1, ALL)")
@@ -209,17 +219,7 @@ def transpose_for_wgrad(dy, x, groups=None):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Why promote dgrad and wgrad, and not fprop
-#
-# A tensor core keeps about 14 bits of a running sum, and cuts off the rest. On an H200 that costs 0.3% of the
-# result at K = 16384, where the terms of a sum cancel. Where all have one sign (operands of mean 2, deviation
-# 1), every cut goes the same way, and 26% is lost. Promoted sums lose 0.085% and 2.8%.
-#
-# wgrad sums over all tokens (16,384), dgrad over up to 2 ffn outputs. Gradients of one sign, as from the mean
-# of an input, would lose a part of themselves at every step, and nothing adapts to that. fprop sums over d or
-# ffn inputs. Its error makes the model a slightly different function, the same at every step: weights adapt.
-# Promoted, fprop takes 5% more time. Gradients at the same weights are then 6.3% off BF16's, not 13.6%,
-# but the loss changes by less than 0.1%, and training at `1b` ended 0.09% lower: seeds differ by more.
+# What a tensor core makes of a sum
 
 def tensor_core_sum(a, b, promote_every=None):
     """Multiply Quantized a (M, K), b (N, K) in E4M3, summing as an H200's tensor cores do, bit for bit.

@@ -18,12 +18,14 @@ Words that all files use:
     E8M0         a byte that holds a power of two
     saturate     become the largest number of the format (448 in E4M3), as all values beyond it do
     subnormal    smaller than the smallest normal number (2^-6 in E4M3), and stored with fewer bits
-    fold         multiply scales, relative to the largest of them, into the FP8 numbers: one is left
+    fold         multiply scales, relative to the largest of them, into the FP8 numbers: one is left. Two
+                 folds occur here: of the blocks of a row (`fold`), and of the tokens (in wgrad)
     fprop, dgrad, wgrad    the products of a linear layer: Y = X W^T, dX = dY W, dW = dY^T X
     SQNR         signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum error^2) dB; 6 dB are one bit
 
 So `--fp8 moss` gives each token the smallest power of two under which its row fits, and rounds once. The
-paper has blocks X_i of 32 neighbors along C, and a scale of the whole tensor (`quantize_two_level`):
+paper has blocks X_i of 32 neighbors along C, with scales ss_i, and a scale s of the whole tensor
+(`quantize_two_level`):
 
     s_i = max|X_i| / 448    s = max_i s_i  (FP32)    ss_i = 2^ceil(log2(s_i / s))  (E8M0)
     Q_i = E4M3(X_i / (s ss_i))                       X_i ~ Q_i s ss_i
@@ -31,8 +33,8 @@ paper has blocks X_i of 32 neighbors along C, and a scale of the whole tensor (`
 Two observations reduce these two levels to one power of two per token:
 
   - A tensor core, the part of a GPU that multiplies small matrices, sums Q_a Q_b along C at full speed only
-    if no scale changes along C. So the ss_i of a row have to be folded. That rounds again what becomes
-    subnormal, at some 2^-14 of the row's maximum. `moss` rounds once, under the row's scale.
+    if no scale changes along C. So the ss_i of a row would have to be folded, which rounds again what becomes
+    subnormal, at some 2^-14 of the row's maximum. `moss` has the row's scale from the start.
   - Any s will do: the ss_i make up for it. With s = 1 the noise changes by less than a dB, no pass over the
     tensor finds a maximum, no state is carried on, and a token's numbers do not depend on other tokens.
 """
@@ -208,13 +210,14 @@ class Recipe:
         return self.name
 
 
+# name, block of X and dY, block of W, rule of their scales, how W is scaled
 RECIPES = {
     "none": None,
     "tensor": Recipe("tensor", (ALL, ALL), (ALL, ALL), "fp32", "current", grad_format="e5m2"),
     "group": Recipe("group", (1, 128), (128, 128), "fp32", "block"),
     "mx": Recipe("mx", (1, 32), (1, 32), "floor", "block"),
     "moss": Recipe("moss", (1, ALL), (ALL, ALL), "up", "predicted"),
-    # of the papers, for their numerics
+    # as in the papers, to compare numerics
     "moss-exact": Recipe("moss-exact", (1, 32), (ALL, ALL), "two-level", "predicted"),
     "mx-up": Recipe("mx-up", (1, 32), (1, 32), "up", "block"),
     **{name: Recipe(name, (1, 32), (1, 32), "floor", "block", act, act, weight) for name, act, weight in (

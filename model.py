@@ -101,9 +101,10 @@ def add_scaled_(total, x, factor):
 
 
 class Linear(nn.Module):
-    """Compute y = x W^T, as the recipe says. W (out, in) is the FP32 master weight; of `experts` W (experts
-    out, in), and each multiplies the rows of its group. `requantize` makes FP8 copies, once per optimizer
-    step. If W has changed since, they are refused (if PyTorch counts the change: not weight.data.mul_(2))."""
+    """Compute y = x W^T, as the recipe says. W (out, in) is the FP32 master weight. With `experts` it is
+    (experts out, in): each has `out` rows of it, for its group of x. `requantize` makes FP8 copies, once per
+    optimizer step. Copies older than W are refused, if PyTorch counts the change (not weight.data.mul_(2)).
+    Blocks of `moss` call fused functions instead of `forward`: see "The dataflow of moss"."""
 
     def __init__(self, d_in, d_out, recipe, name, std=0.02, experts=0):
         super().__init__()

@@ -291,7 +291,7 @@ def clip(run, norm):
 
 def update_weights(run, lr, update):
     """Take optimizer step number `update`, from 1, and make the FP8 copies of the new weights. If scales are
-    predicted before the step, FP8AdamW writes the copies with the weights; else they follow the step."""
+    predicted before the step, FP8AdamW writes the copies with the weights. Else `requantize` makes them."""
     c, scales = run.c, run.scales
     measured = scales is None or scales.measures(update)
     if not measured:
@@ -326,15 +326,15 @@ def forward_backward(run, step):
         tokens, targets = run.batches.step(step, micro, ranks.device)
         sends = ranks.world > 1 and micro == mine[-1]
         run.ddp.require_backward_grad_sync = sends   # what DDP.no_sync sets
-        for layer in (*run.model.linears(), run.model.head):   # DDP sends what autograd's hooks have seen
+        for layer in (*run.model.linears(), run.model.head):   # DDP sends only what autograd adds to .grad
             layer.accumulates = not sends or layer.weight in run.experts
-        compute = replay if steady and run.captures and not sends else micro_batch   # DDP's hooks are eager
-        with run.graph.memory() if run.graph and sends else nullcontext():   # which is free then
+        compute = replay if steady and run.captures and not sends else micro_batch   # no graph sends
+        with run.graph.memory() if run.graph and sends else nullcontext():   # its memory is free meanwhile
             loss = compute(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
             loads += run.model.loads
-        if ranks.device.type == "cuda":   # which is still busy: read this rank's next micro-batch
+        if ranks.device.type == "cuda":   # it is still busy: read this rank's next micro-batch ahead
             run.batches.step(*divmod(step * c.accum + micro + ranks.world, c.accum), ranks.device)
     if run.experts:   # they have seen the tokens of all ranks, whose losses DDP averages
         torch._foreach_div_([p.grad for p in run.experts if p.grad is not None], ranks.world)
