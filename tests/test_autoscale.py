@@ -9,9 +9,9 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
 import autoscale
-from autoscale import (MIN_SCALE, FP8AdamW, WeightScales, adam_update_bound, adamw_update, check_optimizer,
-                       geometric_sum, muon_step_bound, worst_case_gradients)
-from conftest import DEVICE, for_devices, let_kernels_run, needs_triton
+from autoscale import (MIN_SCALE, MUON, FP8AdamW, WeightScales, adam_update_bound, adamw_update,
+                       check_optimizer, geometric_sum, muon_step_bound, worst_case_gradients)
+from conftest import DEVICE, for_devices, let_kernels_run, needs_muon, needs_triton
 from fp8_formats import E4M3, cast
 from microscale import RECIPES, quantize_weight
 
@@ -296,10 +296,6 @@ def test_the_tables_show_what_they_claim(capsys):
 # ---------------------------------------------------------------------------------------------------
 # Muon
 
-Muon = getattr(torch.optim, "Muon", None)
-needs_muon = pytest.mark.skipif(Muon is None, reason="PyTorch has Muon from 2.9 on")
-
-
 def adversaries(shape, steps):
     """Yield (name, gradients (steps, *shape))."""
     noise = torch.randn(steps, *shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -320,7 +316,7 @@ def test_no_gradient_takes_a_weight_of_muon_beyond_what_its_predicted_scale_allo
         shape, adjust, momentum, nesterov, decay, steps=12):
     for name, gradients in adversaries(shape, steps):
         weight = torch.nn.Parameter(0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(1)))
-        optimizer = Muon([weight], momentum=momentum, nesterov=nesterov, weight_decay=decay,
+        optimizer = MUON([weight], momentum=momentum, nesterov=nesterov, weight_decay=decay,
                          adjust_lr_fn=adjust)
         check_optimizer(optimizer)
         scales = WeightScales([weight], interval=0)
@@ -338,7 +334,7 @@ def test_a_diagonal_gradient_attains_the_bound_on_muons_step(shape):
     largest = 0
     for x in torch.linspace(0.002, 0.01, 100).tolist():   # the largest p(...p(x)) lies at 0.0041
         weight = torch.nn.Parameter(torch.zeros(shape))
-        optimizer = Muon([weight], lr=1.0, weight_decay=0.0)
+        optimizer = MUON([weight], lr=1.0, weight_decay=0.0)
         weight.grad = torch.zeros(shape)
         weight.grad[0, 0], weight.grad[1, 1] = x, math.sqrt(1 - x * x)
         optimizer.step()
@@ -352,16 +348,7 @@ def test_a_diagonal_gradient_attains_the_bound_on_muons_step(shape):
 @pytest.mark.parametrize("options", [dict(ns_coefficients=(5.0, -1.0, 3.0)), dict(eps=0.0)], ids=str)
 def test_settings_of_muon_under_which_a_weight_may_grow_without_bound_are_refused(options):
     with pytest.raises(ValueError, match="Muon: ns_coefficients"):
-        check_optimizer(Muon([torch.nn.Parameter(torch.ones(2, 2))], **options))
-
-
-@needs_muon
-def test_scales_of_many_weights_take_a_bound_for_each():
-    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (64, 4))]
-    scales, group = WeightScales(weights, interval=0), Muon(weights).param_groups[0]
-    bounds = [muon_step_bound(group, weight.shape) for weight in weights]
-    scales.update(0.1, None, 0.0, 1, torch.tensor(bounds))
-    assert scales.scale.tolist() == pytest.approx([1 / 448 + 0.1 * bound / 448 for bound in bounds])
+        check_optimizer(MUON([torch.nn.Parameter(torch.ones(2, 2))], **options))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -364,9 +364,7 @@ def test_fp8_changes_loss_and_gradients_by_little(fp8):
         assert similarity > (0.95 if fp8 == "mxfp4" else 0.98), name
 
 
-def test_initial_weights_are_the_same_under_every_recipe_and_smaller_where_the_residual_stream_is_written():
-    states = [make(fp8=fp8).state_dict() for fp8 in RECIPES]
-    assert all(torch.equal(states[0][k], s[k]) for s in states for k in states[0])
+def test_initial_weights_are_smaller_where_the_residual_stream_is_written():
     layers = [layer for layer in Block(TINY, None, "mine", "none").modules() if isinstance(layer, Linear)]
     deviations = [layer.weight.std().item() for layer in layers]
     assert deviations == pytest.approx([0.02, 0.01, 0.02, 0.01], rel=0.05)   # out, down: 1 / sqrt(2 layers)

@@ -37,7 +37,7 @@ from unittest.mock import DEFAULT, MagicMock, Mock
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, ON_HOPPER
+from conftest import DEVICE, ON_HOPPER, needs_muon
 
 import autoscale
 import model
@@ -56,7 +56,6 @@ KILLED = "--fp8 moss --accum 2 --steps 8 --eval_batches 2 --resume"   # one of t
 STATE = "parameters", "progress"   # of a checkpoint
 LAYERS = 4   # quantized ones of a block: qkv, out, gate_up and down
 MOE, MUON = "--model nano-moe", "--optimizer muon"
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick")
 
@@ -1336,13 +1335,16 @@ def test_sample_takes_token_ids_of_the_model_alone(tiny, tmp_path, out, monkeypa
     assert said([*command, "1 2 3"], capsys).out.startswith("1 2 3 ")
 
 
-def test_plot_draws_the_losses_of_several_runs(tiny, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_plot_draws_the_losses_of_several_runs_and_names_a_missing_package(tiny, tmp_path, capsys):
     for name in ("a", "b"):
         run(tiny("--fp8 none", name))
     with open(tmp_path / "a" / "log.jsonl", "a") as log:   # the user's lines, and one that a crash cut short
         log.write('{"note": "hm"}\n{"loss": "high", "step": 3}\n{"loss": 3}\n{"step": 5, "loss": 1.')
     command = ["--out", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--plot"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="pip install matplotlib"):
+        patch.setitem(sys.modules, "matplotlib", None)   # as if it were not installed
+        train.main([*command, "unused.png"])
+    pytest.importorskip("matplotlib")
     assert train.main([*command, str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert_refused(["--out", str(tmp_path), "--plot", "x.png"], ["has no log to draw"], tmp_path, capsys)
