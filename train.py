@@ -1196,8 +1196,7 @@ def restore(run, saved):
              f"{saved['path']} has {name} = {was}, not {value}: use that run's --model, --layers and --data")
     parts = [torch.load(saved["path"] / name, map_location="cpu", weights_only=True, mmap=True)
              for name in saved["files"]]   # weights_only: no code of a file's is run
-    parts = [part.get("parameters", part) for part in parts]   # a version before kept the scales elsewhere
-    same = saved["config"]["fp8"] == run.c.fp8 and any("scale" in x for part in parts for x in part.values())
+    same = saved["config"]["fp8"] == run.c.fp8
     for name, p in run.model.named_parameters():
         if run.mine(p):
             pieces = [part[name] for part in parts if name in part]   # several of experts that were spread
@@ -1213,8 +1212,8 @@ def restore(run, saved):
             if run.c.resume:
                 run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in kept.items()}
     if run.c.resume:
-        was = saved.get("tokenizer", run.tokenizer_crc)
-        need(was == run.tokenizer_crc, f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
+        need(saved["tokenizer"] == run.tokenizer_crc,
+             f"--tokenizer {run.c.tokenizer} has changed: bring back the run's")
         run.progress = SimpleNamespace(**saved["progress"])
     if run.scales:
         least = all_reduce(run.scales.headroom().min(), dist.ReduceOp.MIN)   # of all ranks
