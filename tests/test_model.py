@@ -33,7 +33,7 @@ def make(config=TINY, fp8="none", recompute="none", device="cpu", gain=1):
     for name, p in model.blocks.named_parameters():
         p.data.uniform_(0.5, 1.5) if "norm" in name else p.data.mul_(gain)
     for layer in model.to(device).linears():
-        layer.requantize(layer.weight.abs().max() / 448 if by_tensor else None)
+        layer.requantize(layer.weight.abs().max() / 448 if by_tensor and not layer.experts else None)
     return model
 
 
