@@ -112,9 +112,9 @@ def muon_step_bound(group, shape) -> float:
 # ---------------------------------------------------------------------------------------------------
 # The scales
 
-# Room for FP32 rounding, of unit u = 2^-24, so that the bound holds for weights and scales as computed. In a
-# step both together are rounded at most 7 times (decay factor, product, sum; division by 448 at a rescale):
-# 8u suffices. In 500 steps that adds 0.02% to a scale.
+# Room for rounding (skip this at first). In FP32, of unit u = 2^-24, weights and scales together are rounded
+# at most 7 times in a step (decay factor, product, sum; division by 448 at a rescale). With 8u the bound
+# holds for them as computed. In 500 steps that adds 0.02% to a scale.
 WEIGHT_SLACK = 1 + 2**-21
 # Adam's update has a relative error below 5.5u / (1 - beta1^2 / beta2) from the recursions for m and v. Bias
 # corrections in FP32 (capturable=True, for CUDA graphs) add up to 2u / (1 - beta2). For the betas that
@@ -191,7 +191,7 @@ class WeightScales:
         decay = abs(1 - lr * weight_decay)
         if decay >= 1 or all(w.grad is not None for w in self.weights):
             self.scale.mul_(decay * WEIGHT_SLACK)   # all scales at once
-        else:
+        else:   # a weight without gradient does not decay
             for w, scale in zip(self.weights, self.views):
                 scale.mul_((1 if w.grad is None else decay) * WEIGHT_SLACK)
         bound = adam_update_bound(step, *betas) * UPDATE_SLACK if bound is None else bound

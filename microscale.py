@@ -146,8 +146,9 @@ def scale_from_amax(amax, fmt, rule):
 
 
 def quantize_reference(x, fmt=E4M3, block=(1, 32), rule="up", scale=None, rounding="nearest_even"):
-    """Quantize x (R, C), any float dtype. The scales follow `rule`, unless `scale` holds them, one per block.
-    x is multiplied by 1 / scale, rounded: on a GPU, dividing every value takes longer than loading it."""
+    """Quantize x (R, C), any float dtype. (`quantize` does the same by a kernel, if one can.) The scales
+    follow `rule`, unless `scale` holds them, one per block. x is multiplied by 1 / scale, rounded: on a GPU,
+    dividing every value takes longer than loading it."""
     if rule == "two-level" and scale is None:
         return quantize_two_level(x, fmt)
     e8m0 = scale is None and stores_e8m0(block, rule)
