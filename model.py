@@ -844,12 +844,14 @@ def load_weights(model, folder):
 @torch.no_grad()
 def save_folder(model, folder, init=None, tokenizer=None, part="5GB"):
     """Write `folder`: the weights in BF16, in files of at most `part`, config.json, and the tokenizer. What
-    else belongs to the model in `init`, the folder that it began with, comes along. OSError if `folder` is
-    not empty; ValueError if `folder`.tmp is there, or if `init` has become another model's."""
+    else belongs to the model in `init`, the folder that it began with, comes along. ValueError if `folder` is
+    not empty, if `folder`.tmp is there, or if `init` has become another model's."""
     from huggingface_hub import save_torch_state_dict
     weights = {name: weight.to("cpu", torch.bfloat16) for name, weight in weights_by_name(model).items()}
     config, unfinished = config_for(model.config), folder.with_name(folder.name + ".tmp")
     if folder.exists():
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: give a new folder")
         folder.rmdir()
     if unfinished.exists():
         raise ValueError(f"{unfinished} is there: an export was killed, or is at work; remove it")
@@ -867,6 +869,8 @@ def save_folder(model, folder, init=None, tokenizer=None, part="5GB"):
         if tokenizer:
             shutil.copyfile(tokenizer, unfinished / "tokenizer.json")
         save_torch_state_dict(weights, unfinished, max_shard_size=part)
+        for path in unfinished.glob("*.safetensors"):   # which only the user could read
+            shutil.copymode(unfinished / "config.json", path)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

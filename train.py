@@ -9,7 +9,7 @@ Train a language model in FP8.
     python train.py --export tuned/             # write the newest checkpoint in out/ as such a model
     torchrun --nproc_per_node 8 train.py --model 1b --data tokens/ --accum 64        # eight GPUs of one node
     torchrun --nnodes 4 --nproc_per_node 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        train.py --resume --model olmo-7b --data tokens/ --shard                     # on each of four nodes
+        --shutdown-timeout 600 train.py --resume --model olmo-7b --data tokens/ --shard   # on each of 4 nodes
 
 Runs that differ in `--fp8` alone see the same data in the same order from the same initial weights. With the
 same `--accum`, so do runs on any number of GPUs. Below: options; what FP8 adds; the loop; what it needs.
@@ -329,7 +329,7 @@ def forward_backward(run, step):
         for layer in (*run.model.linears(), run.model.head):   # DDP sends only what autograd adds to .grad
             layer.accumulates = not sends or layer.weight in run.experts
         compute = replay if steady and run.captures and not sends else micro_batch   # no graph sends
-        with run.graph.memory() if run.graph and sends else nullcontext():   # its memory is free meanwhile
+        with run.graph.memory() if run.graph and sends else nullcontext():   # for what forward keeps
             loss = compute(run, tokens, targets, len(mine))
         loss_sum += loss / c.accum
         if loads.numel():
@@ -352,7 +352,8 @@ def can_capture(run):
     """Return whether micro-batches become CUDA graphs (of several ranks all but the last of a step): on GPUs,
     if they do not wait for the host. (Experts on several ranks, or layer by layer under a recipe, do.)"""
     waits = any(block.router and block.qkv.recipe and not block.fused for block in run.model.blocks)
-    return run.ranks.device.type == "cuda" and not run.c.eager and not run.experts and not waits
+    some = run.ranks.world == 1 or run.c.accum > run.ranks.world
+    return run.ranks.device.type == "cuda" and some and not (run.c.eager or run.experts or waits)
 
 
 def keeps_places(run):
@@ -373,10 +374,13 @@ def replay(run, tokens, targets, count):
     """Compute `micro_batch` by a CUDA graph, which the host launches at once, and not kernel by kernel."""
     try:
         run.graph = run.graph or capture(run, tokens.clone(), targets.clone(), count)
-    except torch.OutOfMemoryError:   # its traceback holds that memory, until here
+    except RuntimeError as e:   # torch.OutOfMemoryError or CUDA's own; it holds that memory, until here
+        if "out of memory" not in str(e):
+            raise
         run.captures = False
     if not run.graph:
-        run.ranks.say("note: there is no memory for a CUDA graph: this run goes on as with --eager")
+        replace(run.ranks, rank=0).say(   # whichever it is
+            f"note: rank {run.ranks.rank} has no memory for a CUDA graph: it goes on as with --eager")
         return micro_batch(run, tokens, targets, count)
     run.graph.tokens.copy_(tokens)
     run.graph.targets.copy_(targets)
@@ -511,8 +515,9 @@ def loop(run, log, saver):
                "tokens_per_s": round((step - first_step) * tokens_per_step / seconds)}
     if ranks.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    ranks.say("\n--- sample ---")   # which takes a while
     text = "" if ranks.rank and not run.experts else sample(run)   # experts of all ranks are needed
-    ranks.say(f"\n--- sample ---\n{text}\n--- summary ---")
+    ranks.say(f"{text}\n--- summary ---")
     for key, value in summary.items():
         ranks.say(f"{key:16} {value:{',' if isinstance(value, int) else ''}}")
     return summary
@@ -732,7 +737,7 @@ class Tokens:
                 piece = np.memmap(str(path), self.dtype, "r", offset, (take,)).astype(np.int64)
             for token in piece[(piece < 0) | (piece >= vocab)][:1]:
                 raise UserError(f"token id {token} in {path} is outside the model's vocabulary of {vocab}: "
-                                f"is this the right data for --model?")
+                                f"give the --model that it is for (GPT-2's: --model 124m), or other --data")
             pieces.append(piece)
             start += take
         return np.concatenate(pieces)
@@ -744,8 +749,8 @@ def token_file(path):
     if suffix == ".npy":
         array, reason = attempt(np.lib.format.open_memmap, path, "r")
         need(array is not None, f"--data: {path} is no .npy file ({reason}): use numpy.save")
-        need(array.ndim == 1 and array.dtype.kind in "iu",
-             f"--data: {path} holds {array.dtype} {array.shape}, no integers in a one-dimensional array")
+        need(array.ndim == 1 and array.dtype.kind in "iu" and array.itemsize > 1,   # bytes are for text
+             f"--data: {path} holds {array.dtype} {array.shape}: save integers of 16 bits or more in a row")
         return path, array.offset, len(array), array.dtype
     if suffix != ".bin":
         return path, 0, size, np.dtype(np.uint8)
@@ -1260,6 +1265,8 @@ def run_folder(c, ranks, step):
         with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder"):
             if c.tensorboard:
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
+        with blaming(f"--tensorboard {c.tensorboard}"):
+            if c.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
         with blaming(f"--out {c.out} cannot be written, choose another folder"):
             lock(out, files)

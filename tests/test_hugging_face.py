@@ -326,6 +326,7 @@ def test_an_export_changes_no_bit_and_one_that_has_failed_leaves_nothing_behind(
                    "--tokenizer", folder / "config.json")
     (folder / "config.json").chmod(0o444)   # as on a disk that others share
     assert run("--init", folder, "--export", out) == 0 and [*tmp_path.glob("x*")] == [out]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1   # all can read all of it, or none
     before, after = tensors_of(folder), tensors_of(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(x.view(torch.int16), after[name].view(torch.int16)) for name, x in before.items())

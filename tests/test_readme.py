@@ -33,7 +33,8 @@ def test_the_readme_is_short():
 def test_every_file_and_option_and_all_that_the_fork_section_names_exist():
     files = set(re.findall(r"[\w/]+\.(?:py|txt)\b", "\n".join(CODE)))
     assert "train.py" in files and [name for name in files if not (ROOT / name).exists()] == []
-    torchruns = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}
+    torchruns = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts",
+                 "shutdown-timeout"}
     options = set(re.findall(r"--([a-zA-Z][\w-]*)", "\n".join(CODE))) - torchruns
     assert options - set(vars(train.Config())) == {"help"}
     names = set(re.findall(r"`([A-Za-z_]\w+)`", README.split("## Fork it")[1]))

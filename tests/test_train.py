@@ -869,16 +869,17 @@ BAD_DATA = {   # name of the file: (what is in it, what the line says)
     "empty_folder": ({}, ["empty_folder", "holds no tokens", "are read"]),
     "short.txt": ("ten bytes.", ["has 9 tokens", "--seq 16", "give more data"]),
     "no_val.txt": ("x" * 100, ["has 5 tokens", "--seq 16", "give more data"]),
-    "big_id.bin": ([3, 256] * 500, ["token id 256 in", "big_id.bin is outside", "of 256", "for --model"]),
+    "big_id.bin": ([3, 256] * 500, ["token id 256 in", "big_id.bin is outside", "of 256", "--model 124m"]),
     "big_in_training": ({"train.bin": [256] * 999, "val.bin": [3] * 999}, ["token id 256 in", "train.bin"]),
-    "negative.npy": (np.full(999, -7), ["token id -7", "negative.npy", "for --model"]),
+    "negative.npy": (np.full(999, -7), ["token id -7", "negative.npy", "or other --data"]),
     "odd.bin": ("x" * 1001, ["odd.bin", "1001 bytes", "uint16"]),
     "old.bin": (shard([1] * 999, version=7), ["old.bin", "version 1"]),
     "cut.bin": (shard([1] * 999, count=1000), ["cut.bin", "3022 bytes", "copy it again"]),
     "header.bin": (shard([])[:12], ["header.bin", "12 bytes"]),
     "matrix.npy": (np.zeros((9, 9), np.uint16), ["matrix.npy", "(9, 9)"]),
     "packed.npz": (b"PK\3\4\0" * 99, ["packed.npz", "zero bytes"]),
-    "float.npy": (np.zeros(999, np.float32), ["float.npy", "float32", "integers"]),
+    "float.npy": (np.zeros(999, np.float32), ["float.npy", "float32", "save integers"]),
+    "bytes.npy": (np.zeros(999, np.uint8), ["bytes.npy", "uint8", "16 bits or more"]),   # bytes are text
     **{f"{name}.npy": (content, [f"{name}.npy is no .npy file", "numpy.save"]) for name, content in {
         "garbage": "garbage" * 99, "empty": "", "header": b"\x93NUMPY\x01\0\x10\0{'descr': (((((\n",
         "cut": b"\x93NUMPY\x01\0;\0{'descr': '<f8', 'fortran_order': False, 'shape': (999,), }"}.items()},
@@ -913,7 +914,7 @@ MISTAKES = {   # options: what the line says
     "--eval-only --out nothing": ["no checkpoint in nothing", "check --out"],
     **{f"{mode} --out damaged": ["no checkpoint in damaged is whole: restore one from a copy"]
        for mode in ("--resume", "--sample a", "--eval-only")},
-    "--tensorboard board": ["pip install tensorboard"],
+    "--tensorboard board": ["--tensorboard board: ", "pip install tensorboard"],
     **{options: [f"{options} cannot be written", "choose another"] for options in (
         "--tensorboard text.txt", "--tensorboard text.txt/board", "--out text.txt", "--out text.txt/out")},
     **{f"--out {folder}": [f"--out {folder.split()[0]} ", "folder of its own"] for folder in (
