@@ -1232,6 +1232,18 @@ def test_evaluating_more_often_recomputing_and_graphs_change_no_weight(recipe, t
     assert same_state(tmp_path / "as usual", tmp_path / "graphs")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError(
+    "CUDA error: out of memory"), RuntimeError("operation not permitted when stream is capturing")], ids=str)
+def test_without_memory_for_a_graph_a_run_goes_on_and_other_errors_are_said(error, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train, "can_capture", lambda run: True)
+    monkeypatch.setattr(train, "capture", Mock(side_effect=error))
+    ended, (out, err) = train.main(tiny("--fp8 moss --steps 5")), capsys.readouterr()
+    if "memory" in str(error):
+        assert ended == 0 and out.count("note: rank 0 has no memory for a CUDA graph") == 1
+    else:
+        assert ended == 1 and "give --eager" in err
+
+
 @pytest.mark.parametrize("recipe", ["none", "tensor", "moss", "moss --shard"])
 def test_on_two_ranks_graphs_change_no_weight_and_the_micro_batch_that_sends_is_none(
         recipe, tiny, tmp_path, monkeypatch, replays):
