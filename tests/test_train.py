@@ -485,7 +485,7 @@ def killed_under_torchrun(folder):
     """Return the folder and the end of a run on two ranks, one of which is killed in its seventh step."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "3",
                 "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"]
-    kill = signal_at("model.Transformer.forward", 11, signal.SIGKILL)
+    kill = signal_at("model.Transformer.forward", 17, signal.SIGKILL)   # those of `watch` count as well
     return folder, train_py(folder, KILLED, kill, [*torchrun, "--no-python", sys.executable])
 
 
