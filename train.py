@@ -1262,11 +1262,10 @@ def run_folder(c, ranks, step):
     out = Path(c.out).resolve()   # behind a link as well, a run is renamed where it lies
     path = out / "log.jsonl"
     with ExitStack() as files:
-        with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder"):
-            if c.tensorboard:
+        if c.tensorboard:
+            with blaming(f"--tensorboard {c.tensorboard} cannot be written, choose another folder"):
                 Path(c.tensorboard).mkdir(parents=True, exist_ok=True)
-        with blaming(f"--tensorboard {c.tensorboard}"):
-            if c.tensorboard:
+            with blaming(f"--tensorboard {c.tensorboard}"):
                 from torch.utils.tensorboard import SummaryWriter
         with blaming(f"--out {c.out} cannot be written, choose another folder"):
             lock(out, files)

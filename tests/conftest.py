@@ -16,7 +16,7 @@ import microscale
 
 DEVICE = "cuda" if ON_HOPPER else "cpu"    # where the kernels run
 needs_triton = pytest.mark.skipif(not microscale.HAS_TRITON, reason="Triton is not installed")
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
+needs_muon = pytest.mark.skipif(autoscale.MUON is None, reason="PyTorch has Muon from 2.9 on")
 for_devices = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 
 
